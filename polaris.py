@@ -1,0 +1,815 @@
+"""POLARIS: reinforcement learning that teaches a small language model to write long stories.
+
+    torchrun --nproc_per_node=4 polaris.py                              the miniature: offline, minutes, any machine
+    torchrun --nproc_per_node=4 polaris.py --preset paper --data train.jsonl --judge-url URL
+                                                                        the published run: four 80 GB GPUs
+    torchrun --nproc_per_node=4 polaris.py --out runs/NAME --resume     go on after an interruption
+
+One step of GRPO with an online judge and human-reference injection (arXiv 2606.04095), as `train_step` runs it:
+
+    1. data      8 prompts, the same on every rank, from (seed, step) alone
+    2. rollout   5 drafts a prompt, written by whole copies of the policy; the human story is the 6th row, the anchor
+    3. judge     every story, anchors too, goes to the judge the moment it ends, while the others still decode
+    4. grpo      A = (R - mean) / (std + 1e-6) over the group's drafts; the anchor is measured against them and weighted
+    5. update    loss = - (sum over all response tokens of A · log p) / (number of response tokens in the step)
+    6. records   metrics, stories and verdicts to disk; now and then a checkpoint and a validation
+
+    glossary     rollout: a story written by the policy      group: the rows of one prompt      anchor: its human row
+                 verdict: what the judge says of a story     advantage: how much better than its group a row did
+
+Departures from the paper and its release (the README has the whole table):
+  - The anchor reaches the gradient. In the release its response mask is empty, so its advantage multiplies nothing.
+  - One token-mean over the step, whatever the number of ranks and the micro-batches. The release takes means of means.
+  - No pass for old log-probs: one update a step means that the ratio is 1 and that clipping is idle. The coefficient
+    -A/n_tokens of each token is known before the forward pass, so head and loss run in one sweep (grpo.onpolicy_loss).
+  - A story without a verdict has no reward: it leaves the statistics and gets no gradient. It is never scored 0.
+  - A story of no words is not sent to the judge: nothing is on the page, so SQ = 0, and the other terms apply.
+
+Notably absent: a reference model and KL term, a value model, several updates a step, asynchronous rollouts, LoRA.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import Future
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import data
+import eval as evaluation
+import judge as judging
+import mini
+from data import DataError, Example
+from grpo import anchor_weight, group_advantages
+from judge import Judge, JudgeStop, Reward, RewardConfig, Verdict
+from policy import Policy, export, load, load_policy, save, update
+from rollout import Rollout, Sampling, copy_weights, generate, kernels, row_seed
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the option and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration: the defaults are the published run, MINI is what the miniature changes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def opt(default, text: str, free: bool = False):
+    """A field with its line of help. `free`: may differ when a run is resumed, since it does not change the numbers."""
+    return field(default=default, metadata={"help": text, "free": free})
+
+
+@dataclass(frozen=True)
+class Config(RewardConfig):
+    """Every knob of a run. The reward's constants come first, inherited from judge.RewardConfig."""
+
+    preset: str = opt("mini", "mini: the offline miniature | paper: the published run")
+    # model and data
+    model: str = opt("Qwen/Qwen3.5-9B", "Hugging Face model, name or directory; '' makes the miniature's own")
+    data: str = opt("", "JSONL of prompt–story pairs (see data.py); '' writes the miniature's fables")
+    eval_data: str = opt("", "JSONL of held-out prompts for validation; '' none (mini: held out from --data)")
+    thinking: bool = opt(True, "chat template with thinking; anchors then need a reasoning trace")
+    max_prompt: int = opt(256, "tokens; longer prompts are dropped")
+    # run
+    out: str = opt("", "run directory; '' is runs/PRESET-DATE-TIME", free=True)
+    resume: bool = opt(False, "go on from the newest checkpoint in --out", free=True)
+    seed: int = opt(3479, "everything random derives from it")
+    steps: int = opt(0, "training steps; 0 is one epoch", free=True)
+    save_every: int = opt(5, "steps between checkpoints", free=True)
+    keep: int = opt(2, "newest checkpoints to keep (of a 9B model, 108 GB each)", free=True)
+    eval_every: int = opt(20, "steps between validations; before and after training there is always one")
+    device: str = opt("auto", "auto: a GPU for each rank where there are enough, else the CPU | cpu | cuda", free=True)
+    tracker: str = opt("none", "none | wandb | tensorboard: where metrics go besides metrics.jsonl", free=True)
+    # groups and anchors
+    prompts: int = opt(8, "prompts per step")
+    group: int = opt(6, "rows per prompt, the anchor included")
+    anchor: bool = opt(True, "human-reference injection; without it all rows are policy rollouts")
+    anchor_peak: float = opt(0.4, "weight of the anchor's advantage after the warm-up")
+    anchor_warmup: int = opt(15, "steps over which that weight rises from 0")
+    anchor_decay: int = opt(0, "steps over which it then falls to --anchor-final; 0: it stays")
+    anchor_final: float = opt(0.0, "weight after the decay")
+    anchor_shape: str = opt("linear", "linear | cosine decay")
+    anchor_std_floor: float = opt(0.05, "least spread that an anchor is measured with; 0: the bare formula")
+    anchor_cap: bool = opt(True, "clamp the weighted anchor advantage to what the best of K rollouts could have")
+    # sampling
+    temperature: float = opt(1.0, "of sampling")
+    top_p: float = opt(0.95, "nucleus, inside the top k")
+    top_k: int = opt(20, "most likely tokens kept; 0: all")
+    repetition_penalty: float = opt(1.10, "on tokens the row already holds; 1: none")
+    # optimiser
+    lr: float = opt(1e-6, "AdamW, constant")
+    beta1: float = opt(0.9, "AdamW")
+    beta2: float = opt(0.999, "AdamW")
+    weight_decay: float = opt(0.01, "AdamW")
+    grad_clip: float = opt(1.0, "largest gradient norm")
+    recompute: bool = opt(True, "keep only each layer's input for the backward pass and compute the rest again")
+    micro_tokens: int = opt(16384, "padded tokens per forward pass of a rank (always at least one row)")
+    # judge
+    judge_url: str = opt(
+        "", "OpenAI-style base URL, e.g. http://localhost:8000/v1; mini: '' starts the offline judge", free=True
+    )
+    judge_model: str = opt("gemini-3-flash-preview", "name of the judge model")
+    judge_key_env: str = opt("JUDGE_API_KEY", "environment variable with the API key", free=True)
+    judge_extra: str = opt(
+        '{"temperature": 0.2, "top_p": 0.9, "max_tokens": 65536, "reasoning_effort": "medium", "service_tier": "flex"}',
+        "JSON added to every judge request",
+    )
+    judge_concurrency: int = opt(16, "requests in flight per rank", free=True)
+    judge_rpm: int = opt(0, "requests per minute and rank; 0: no limit", free=True)
+    judge_timeout: float = opt(600.0, "seconds per request, all told", free=True)
+    judge_retries: int = opt(4, "tries after the first", free=True)
+    judge_price_in: float = opt(0.0, "dollars per million prompt tokens", free=True)
+    judge_price_out: float = opt(0.0, "dollars per million answer tokens", free=True)
+    max_judge_failures: float = opt(0.5, "share of a step's stories; above it the run saves and stops", free=True)
+    # supervised warm start: the same update with every row an anchor of advantage 1
+    warm_steps: int = opt(0, "supervised steps before reinforcement learning (mini: on misleading lengths)")
+    warm_rows: int = opt(16, "stories per supervised step")
+    warm_lr: float = opt(3e-3, "AdamW, falling linearly to a tenth")
+    eval_prompts: int = opt(16, "mini: prompts held out, each asked at 1x, 2x and 3x its length")
+
+
+MINI = dict(
+    model="",
+    thinking=False,
+    seed=0,
+    steps=60,
+    save_every=20,
+    eval_every=0,
+    repetition_penalty=1.0,
+    anchor_warmup=10,
+    lr=1e-3,
+    recompute=False,
+    micro_tokens=8192,
+    judge_model="offline",
+    judge_extra="{}",
+    judge_timeout=30.0,
+    warm_steps=200,
+    max_response=0,
+    # the reward's absolute constants, scaled from 1,000–4,000 words to 20–60
+    min_target=5,
+    blank_words=5,
+    len_below_min=3,
+    len_above_min=5,
+    overlong_buffer=16,
+)
+PRESETS = {"mini": MINI, "paper": {}}
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line → Config: the preset's values, then what was given. Unknown options end the program with usage."""
+    parser = argparse.ArgumentParser(
+        prog="polaris.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for f in fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
+        about = f.metadata.get("help", "constant of the reward, see judge.RewardConfig")
+        text = f"{about} [{f.default!r}" + (f"; mini {MINI[f.name]!r}]" if f.name in MINI else "]")
+        options = dict(default=MISSING, help=text.replace("%", "%%"))
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            choices = list(PRESETS) if f.name == "preset" else None
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), choices=choices, **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
+    base = PRESETS[given.get("preset", "mini")]
+    if given.get("resume"):
+        base = saved_config(given)
+    cfg = Config(**base | given)
+    check(cfg)
+    return cfg
+
+
+def saved_config(given: dict) -> dict:
+    """The configuration of the run to resume. What was `given` anew may differ only where it changes no number."""
+    path = Path(given.get("out", "")) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--resume: {path} does not exist; name the directory of an earlier run with --out")
+    saved = json.loads(path.read_text())
+    free = {f.name for f in fields(Config) if f.metadata.get("free")}
+    if other := [name for name in given if name not in free and saved.get(name) != given[name]]:
+        changes = ", ".join(f"{name} {saved.get(name)!r} there and {given[name]!r} here" for name in other)
+        raise ConfigError(
+            f"{path} is of another configuration ({changes}): leave these options out, or start a new run"
+        )
+    return saved
+
+
+def check(cfg: Config) -> None:
+    """Refuse what cannot work, before anything is written or paid for."""
+    for name, choices in {
+        "device": ("auto", "cpu", "cuda"),
+        "tracker": ("none", "wandb", "tensorboard"),
+        "anchor_shape": ("linear", "cosine"),
+    }.items():
+        if getattr(cfg, name) not in choices:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: choose from {', '.join(choices)}")
+    for name in ("prompts", "save_every", "keep", "micro_tokens", "warm_rows", "judge_concurrency", "eval_prompts"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    if cfg.group < (3 if cfg.anchor else 2):
+        raise ConfigError(
+            f"--group {cfg.group}: a group needs two policy rollouts for its statistics, besides its anchor"
+        )
+    if not cfg.resume and cfg.out and Path(cfg.out).exists() and any(Path(cfg.out).iterdir()):
+        raise ConfigError(f"--out {cfg.out} is not empty: add --resume to go on with that run, or choose another")
+    try:
+        extra = json.loads(cfg.judge_extra)
+    except json.JSONDecodeError as e:
+        raise ConfigError(
+            f"--judge-extra is no JSON ({e}): give an object such as '{{\"temperature\": 0.2}}'"
+        ) from None
+    if not isinstance(extra, dict):
+        raise ConfigError("--judge-extra must be a JSON object, such as '{\"temperature\": 0.2}'")
+    if cfg.model and not cfg.data:
+        raise ConfigError(
+            "--data is missing: a JSONL of prompts and human stories. "
+            "Make one from any anthology with `python data.py build BOOK.txt … --out train.jsonl`"
+        )
+    if cfg.preset == "paper" and not cfg.judge_url:
+        raise ConfigError(
+            "--judge-url is missing: an OpenAI-style endpoint of the judge, with its key in the environment variable "
+            f"{cfg.judge_key_env} (README, 'Judges', has a recipe per provider)"
+        )
+    for name in ("data", "eval_data"):
+        if (path := getattr(cfg, name)) and not Path(path).is_file():
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step: write, judge, compare, update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One row of a group: a rollout or the anchor. What the judge adds is None until it has spoken."""
+
+    example: Example
+    k: int  # number within the group; the anchor is the last
+    anchor: bool
+    prompt_ids: list[int]
+    response_ids: list[int]  # thinking, story and EOS; no EOS if the row was cut off
+    finished: bool
+    thinking: str
+    story: str
+    verdict: Verdict | None = None
+    reward: Reward | None = None
+
+
+@dataclass
+class Run:
+    """What every part of a step needs. The same on every rank but for `mesh`'s view, `judge` and `copy`."""
+
+    cfg: Config  # max_response resolved
+    out: Path
+    mesh: DeviceMesh
+    device: torch.device
+    tokenizer: object
+    policy: Policy
+    copy: nn.Module
+    optimizer: torch.optim.Optimizer
+    judge: Judge
+    train: list[Example]
+    evals: list[Example]
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_rank()
+
+    def bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, leave=False, position=1, disable=self.rank != 0, dynamic_ncols=True)
+
+
+EMPTY_PAGE = Verdict(score=0.0)
+
+
+def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Row], limit: int):
+    """Write a story for each (example, k) of `jobs`, have these and the anchors judged, share them with all ranks.
+
+    Returns (rows in the order of `jobs` then `anchors`, seconds of writing, seconds waited for the judge after it).
+    Raises JudgeStop on every rank if it happened on any.
+    """
+    cfg, rank, world = run.cfg, run.rank, run.mesh.size()
+    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit)
+    eos = run.tokenizer.eos_token_id
+    mine = jobs[
+        len(jobs) * rank // world : len(jobs) * (rank + 1) // world
+    ]  # neighbours share a prompt, and its prefill
+    prompts = [data.encode_prompt(run.tokenizer, e.prompt, cfg.thinking) for e, _ in mine]
+    written: dict[int, Row] = {}
+    verdicts: list[tuple[Row, Future]] = []
+
+    def send(row: Row) -> None:
+        if row.story.strip():
+            verdicts.append((row, run.judge.submit(row.example.prompt, row.story)))
+        else:
+            row.verdict = EMPTY_PAGE
+
+    def on_finish(r: Rollout) -> None:
+        body = r.ids[:-1] if r.finished else r.ids
+        # Special tokens stay visible: a policy that writes them into its story is seen doing so.
+        thinking, story = data.split_response(run.tokenizer.decode(body), cfg.thinking)
+        example, k = mine[r.row]
+        written[r.row] = Row(example, k, False, prompts[r.row], r.ids, r.finished, thinking, story)
+        send(written[r.row])
+        bar.update()
+        for _, verdict in verdicts:
+            if verdict.done() and verdict.exception():
+                raise verdict.exception()  # the judge is gone for good: no use in writing on
+
+    my_anchors = anchors[rank::world]
+    stop, started = "", time.perf_counter()
+    waited = started
+    with run.bar(len(mine), "  writing (rank 0)") as bar:
+        try:
+            for row in my_anchors:
+                send(row)
+            seeds = [row_seed(cfg.seed, step, e.uid, k) for e, k in mine]
+            generate(run.copy, prompts, seeds, sampling, eos, on_finish=on_finish)
+            waited = time.perf_counter()
+            bar.set_description("  judging (rank 0)")
+            for row, verdict in verdicts:
+                row.verdict = verdict.result()
+        except JudgeStop as e:
+            stop = str(e)
+    seconds = (waited - started, time.perf_counter() - waited)
+    gathered: list = [None] * world
+    dist.all_gather_object(gathered, ([written[i] for i in sorted(written)], my_anchors, stop))
+    for _, _, reason in gathered:
+        if reason:
+            raise JudgeStop(reason)
+    rows = [row for part, _, _ in gathered for row in part]
+    rows += [gathered[i % world][1][i // world] for i in range(len(anchors))]
+    for row in rows:
+        row.reward = reward_of(row, run.tokenizer, replace(cfg, max_response=limit))
+    return rows, *seconds
+
+
+def reward_of(row: Row, tokenizer, cfg: Config) -> Reward | None:
+    """The reward of a judged row; None without a verdict."""
+    if row.verdict.score is None:
+        return None
+    n_thinking = len(tokenizer(row.thinking, add_special_tokens=False).input_ids) if row.thinking else 0
+    n_tokens, target = len(row.response_ids), row.example.target_words
+    return judging.reward(row.verdict.score, row.story, target, n_tokens, n_thinking, row.finished, cfg)
+
+
+def make_anchors(run: Run, examples: list[Example]) -> list[Row]:
+    """The human row of each example, but for those longer than the response limit: cut, it would lose its ending."""
+    rows = []
+    for e in examples:
+        response = data.encode_anchor(run.tokenizer, e, run.cfg.thinking, run.cfg.max_response)
+        if response is not None:
+            prompt = data.encode_prompt(run.tokenizer, e.prompt, run.cfg.thinking)
+            rows.append(Row(e, run.cfg.group - 1, True, prompt, response, True, e.reasoning, e.story))
+    return rows
+
+
+def advantages_of(rows: list[Row], cfg: Config, weight: float) -> Tensor:
+    """Rows of whole groups, in any order → advantages [N]. Groups are told apart by their example's uid."""
+    uids = {uid: i for i, uid in enumerate(dict.fromkeys(r.example.uid for r in rows))}
+    return group_advantages(
+        torch.tensor([r.reward.total if r.reward else float("nan") for r in rows]),
+        torch.tensor([uids[r.example.uid] for r in rows]),
+        torch.tensor([r.anchor for r in rows]),
+        weight,
+        std_floor=cfg.anchor_std_floor,
+        cap=cfg.anchor_cap,
+        valid=torch.tensor([r.reward is not None for r in rows]),
+    )
+
+
+def train_step(run: Run, step: int) -> tuple[dict, list[Row], list[float]]:
+    """One step of the recipe, the six parts of the module's docstring. Returns its metrics, rows and advantages."""
+    cfg, started = run.cfg, time.perf_counter()
+
+    examples = data.step_examples(run.train, cfg.seed, step, cfg.prompts)
+    weight = 0.0
+    if cfg.anchor:
+        weight = anchor_weight(
+            step, cfg.anchor_peak, cfg.anchor_warmup, cfg.anchor_decay, cfg.anchor_final, cfg.anchor_shape
+        )
+    anchors = make_anchors(run, examples) if weight > 0 else []
+    drafts = cfg.group - (weight > 0)
+
+    jobs = [(e, k) for e in examples for k in range(drafts)]
+    rows, writing, waiting = write_and_judge(run, step, jobs, anchors, cfg.max_response)
+    failed = [r for r in rows if r.reward is None]
+    if len(failed) > cfg.max_judge_failures * len(rows):
+        raise JudgeStop(
+            f"{len(failed)} of {len(rows)} stories of step {step} got no verdict, more than --max-judge-failures "
+            f"{cfg.max_judge_failures:g} allows; the last reason: {failed[-1].verdict.error}"
+        )
+
+    advantages = advantages_of(rows, cfg, weight).tolist()
+
+    updating = time.perf_counter()
+    update_metrics = update(
+        run.policy,
+        run.optimizer,
+        [(r.prompt_ids, r.response_ids) for r in rows],
+        advantages,
+        run.mesh,
+        cfg.micro_tokens,
+        cfg.grad_clip,
+    )
+    syncing = time.perf_counter()
+    copy_weights(run.policy.lm, run.copy)
+    done = time.perf_counter()
+
+    seconds = {"rollout": writing, "judge_wait": waiting, "update": syncing - updating, "sync": done - syncing}
+    metrics = {"step": step, **summary([r for r in rows if not r.anchor])}
+    judged = [(r, a) for r, a in zip(rows, advantages, strict=True) if r.anchor and r.reward]
+    metrics |= {
+        "anchor_weight": weight,
+        "anchors": len(anchors),
+        "anchors_left_out": len(examples) - len(anchors) if weight > 0 else 0,
+        "anchor_reward": mean(r.reward.total for r, _ in judged),
+        "anchor_advantage": mean(a for _, a in judged),
+        "judge_failures": len(failed),
+        "lr": cfg.lr,
+        **update_metrics,
+        "time": seconds | {"step": done - started},
+    }
+    return metrics, rows, advantages
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return statistics.fmean(values) if values else None
+
+
+def summary(rows: list[Row]) -> dict:
+    """Means over the rows that have a reward; None where there is none."""
+    judged = [r for r in rows if r.reward]
+    words = [judging.word_count(r.story) for r in judged]
+    rewards = [r.reward.total for r in judged]
+    return {
+        "n": len(judged),
+        "reward_mean": mean(rewards),
+        "reward_std": statistics.pstdev(rewards) if rewards else None,
+        **{part: mean(getattr(r.reward, part) for r in judged) for part in PARTS},
+        "length_error": mean(abs(w / r.example.target_words - 1) for w, r in zip(words, judged, strict=True)),
+        "length_ratio": mean(w / r.example.target_words for w, r in zip(words, judged, strict=True)),
+        "words": mean(words),
+        "finished": mean(r.finished for r in judged),
+    }
+
+
+PARTS = ("sq", "rep", "len", "blank", "think", "overlong")
+
+
+def validate(run: Run, step: int, label: str) -> None:
+    """Write and judge a story for each validation prompt, with the same random numbers whenever it is called.
+
+    Prompts are put into buckets by how many times the longest trained story they ask for: 1x, 2x, 3x of 4,000 words
+    are the paper's 1–4k, 4–8k and 8–12k. The response limit grows with the bucket.
+    """
+    if not run.evals:
+        return
+    longest = max(e.target_words for e in run.train)
+    buckets: dict[int, list[Example]] = {}
+    for e in run.evals:
+        buckets.setdefault(-(-e.target_words // longest), []).append(e)
+    for factor, examples in sorted(buckets.items()):
+        rows, _, _ = write_and_judge(run, 0, [(e, 0) for e in examples], [], factor * run.cfg.max_response)
+        s = summary(rows)
+        line = {"step": step, "label": label, "bucket": f"{factor}x", "reward": s.pop("reward_mean"), **s}
+        if run.rank == 0:
+            append(run.out / "evals.jsonl", line)
+            for row in rows:
+                append(
+                    run.out / "eval_stories.jsonl",
+                    {"step": step, "label": label, "bucket": f"{factor}x", **record(row)},
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records and checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def record(row: Row) -> dict:
+    """A row as it goes to disk."""
+    return {
+        "uid": row.example.uid,
+        "row": row.k,
+        "anchor": row.anchor,
+        "prompt": row.example.prompt,
+        "target_words": row.example.target_words,
+        "thinking": row.thinking,
+        "story": row.story,
+        "words": judging.word_count(row.story),
+        "tokens": len(row.response_ids),
+        "finished": row.finished,
+        "reward": asdict(row.reward) if row.reward else None,
+        "verdict": asdict(row.verdict),
+    }
+
+
+def append(path: Path, line: dict) -> None:
+    """One JSON line, in ASCII: whatever a policy or a judge wrote, only a line's end is a line break."""
+    with path.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file of ours; none if there is no file."""
+    return [json.loads(line) for line in path.open() if line.endswith("\n")] if path.exists() else []
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop what a killed run wrote after `step`, a half-written last line included."""
+    if not path.exists():
+        return
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
+    os.replace(tmp, path)
+
+
+def save_step(run: Run, step: int) -> None:
+    """Checkpoint after `step`, unless it is there; only the newest `keep` stay."""
+    folder = run.out / "checkpoints" / f"step-{step:06d}"
+    if folder.exists():
+        return
+    save(run.policy, run.optimizer, folder)
+    if run.rank == 0:
+        for old in sorted(folder.parent.glob("step-*"))[: -run.cfg.keep]:
+            shutil.rmtree(old)
+
+
+def resume(run: Run) -> int:
+    """Load the newest checkpoint into the run. Returns its step, -1 if there is none; records after it are dropped."""
+    folders = sorted((run.out / "checkpoints").glob("step-*"))
+    step = int(folders[-1].name.removeprefix("step-")) if folders else -1
+    dist.barrier()
+    if folders:
+        load(run.policy, run.optimizer, folders[-1])
+        copy_weights(run.policy.lm, run.copy)
+    if run.rank == 0:
+        for name in ("metrics", "rollouts", "evals", "eval_stories"):
+            rewind(run.out / f"{name}.jsonl", step)
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def warm_start(run: Run, examples: list[Example]) -> None:
+    """Supervised steps: `update` with human rows only, each of advantage 1."""
+    cfg = run.cfg
+    optimizer = make_optimizer(run.policy, cfg, cfg.warm_lr)
+    with run.bar(cfg.warm_steps, "warm start") as bar:
+        for step in range(1, cfg.warm_steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.warm_lr * (1 - 0.9 * (step - 1) / cfg.warm_steps)
+            rows = make_anchors(run, data.step_examples(examples, cfg.seed, step, cfg.warm_rows))
+            pairs = [(r.prompt_ids, r.response_ids) for r in rows]
+            metrics = update(run.policy, optimizer, pairs, [1.0] * len(rows), run.mesh, cfg.micro_tokens, cfg.grad_clip)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+            bar.update()
+    copy_weights(run.policy.lm, run.copy)
+
+
+def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+
+
+def train(run: Run, warm_examples: list[Example]) -> None:
+    """Warm start if there is one, validation, steps, validation; a checkpoint is written after what it must contain."""
+    cfg, out, main = run.cfg, run.out, run.rank == 0
+    steps = cfg.steps or len(run.train) // cfg.prompts
+    done = resume(run) if cfg.resume else -1
+    if done < 0:
+        if warm_examples:
+            warm_start(run, warm_examples)
+        validate(run, 0, "before")
+        if warm_examples:
+            save_step(run, 0)
+        done = 0
+    spent = last_judge_stats(out / "metrics.jsonl") if main else {}
+    tracker = open_tracker(cfg, out) if main else None
+    bar = tqdm(total=steps, initial=done, desc="steps", disable=not main, dynamic_ncols=True)
+    for step in range(done + 1, steps + 1):
+        try:
+            metrics, rows, advantages = train_step(run, step)
+        except JudgeStop:
+            save_step(run, step - 1)
+            raise
+        stats: list = [None] * run.mesh.size()
+        dist.all_gather_object(stats, run.judge.stats())
+        if main:
+            metrics["judge"] = {k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
+            for row, advantage in zip(rows, advantages, strict=True):
+                append(out / "rollouts.jsonl", {"step": step, **record(row), "advantage": advantage})
+            append(out / "metrics.jsonl", metrics)
+            if tracker:
+                tracker(metrics, step)
+            shown = {"reward": "reward_mean", "length error": "length_error", "words": "words"}
+            bar.set_postfix({k: f"{metrics[v]:.2f}" for k, v in shown.items() if metrics[v] is not None})
+            bar.update()
+        if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
+            validate(run, step, "after" if step == steps else f"step {step}")
+        if step == steps or step % cfg.save_every == 0:
+            save_step(run, step)
+    bar.close()
+
+
+def last_judge_stats(path: Path) -> dict:
+    """What the run has spent on its judge before it was interrupted: the newest line's running totals."""
+    lines = read(path)
+    return lines[-1]["judge"] if lines else {}
+
+
+def open_tracker(cfg: Config, out: Path):
+    """A function (metrics, step) for wandb or TensorBoard; None without one."""
+    if cfg.tracker == "wandb":
+        import wandb
+
+        wandb.init(project="polaris", name=out.name, config=asdict(cfg), dir=out)
+        return lambda metrics, step: wandb.log(metrics, step=step)
+    if cfg.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out))
+
+        def log(metrics, step):
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(name, value, step)
+
+        return log
+    return None
+
+
+def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
+    """Process group and mesh: one dimension on one node; over nodes, shards inside a node and replicas across."""
+    local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if cfg.device == "cuda" and gpus < local_world:
+        raise ConfigError(
+            f"--device cuda: {local_world} ranks but {gpus} GPUs here; start {gpus} with --nproc_per_node"
+        )
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpus >= local_world)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    # Ranks wait for each other's judge calls, which may take several time-outs.
+    patience = timedelta(hours=6)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+    nodes = dist.get_world_size() // local_world
+    if nodes > 1:
+        return init_device_mesh(device.type, (nodes, local_world), mesh_dim_names=("replicate", "shard")), device
+    return init_device_mesh(device.type, (local_world,), mesh_dim_names=("shard",)), device
+
+
+def load_examples(cfg: Config) -> tuple[list[Example], list[Example], list[Example]]:
+    """(training, validation, warm-start) examples. Raises DataError; writes nothing."""
+    if cfg.model:
+        train = data.load(cfg.data, anchors=cfg.anchor, thinking=cfg.thinking)
+        evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
+        return train, evals, train if cfg.warm_steps else []
+    train = data.load(cfg.data, thinking=cfg.thinking) if cfg.data else mini.fables(1000, cfg.seed)
+    evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
+    if not evals:
+        if len(train) < cfg.eval_prompts + cfg.prompts:
+            raise ConfigError(
+                f"--data {cfg.data}: {len(train)} stories are too few for {cfg.prompts} prompts a step and "
+                f"{cfg.eval_prompts} held out; give more, or lower --prompts and --eval-prompts"
+            )
+        held_out = data.step_examples(train, cfg.seed, 1, cfg.eval_prompts)
+        train = [e for e in train if e not in held_out]
+        evals = mini.stretch(held_out, max(e.target_words for e in train))
+    return train, evals, mini.mislead(train, cfg.seed) if cfg.warm_steps else []
+
+
+def open_judge(cfg: Config, out: Path):
+    """(judge client of this rank, offline judge process or None). Makes `out` once the judge has answered.
+
+    Raises JudgeStop if it cannot be reached, with nothing written.
+    """
+    url, process = [cfg.judge_url], None
+    if not cfg.judge_url and dist.get_rank() == 0:
+        process, url[0] = judging.serve_in_background()
+    dist.broadcast_object_list(url, src=0)
+    key = judging.api_key(cfg.judge_key_env, url[0])
+    settings = dict(
+        concurrency=cfg.judge_concurrency,
+        rpm=cfg.judge_rpm,
+        timeout=cfg.judge_timeout,
+        retries=cfg.judge_retries,
+        extra_body=json.loads(cfg.judge_extra),
+        price_in=cfg.judge_price_in,
+        price_out=cfg.judge_price_out,
+    )
+    probe = Judge(url[0], cfg.judge_model, key, **settings)
+    probe.check()
+    probe.close()
+    out.mkdir(parents=True, exist_ok=True)
+    return Judge(url[0], cfg.judge_model, key, cache=out / "verdicts.sqlite", **settings), process
+
+
+def run(cfg: Config, out: Path, mesh: DeviceMesh, device: torch.device, examples: tuple) -> None:
+    """A whole run, from an open process group to the report."""
+    main, started = mesh.get_rank() == 0, time.perf_counter()
+    train_examples, evals, warm = examples
+    client, process = open_judge(cfg, out)
+    try:
+        if main:
+            if not cfg.resume:
+                (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+            if not cfg.model and not (out / "start" / "config.json").exists():
+                mini.make_model(out / "start", train_examples, cfg.seed)
+        dist.barrier()
+        source = find_model(cfg.model) if cfg.model else out / "start"
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        policy, copy = load_policy(source, mesh, device, cfg.recompute)
+        fits = [
+            e for e in train_examples if len(data.encode_prompt(tokenizer, e.prompt, cfg.thinking)) <= cfg.max_prompt
+        ]
+        if len(fits) < cfg.prompts:
+            raise ConfigError(
+                f"{len(fits)} prompts of --data are within --max-prompt {cfg.max_prompt} tokens: too few for a step"
+            )
+        if not cfg.max_response:
+            longest = max(len(data.encode_anchor(tokenizer, e, cfg.thinking, 1 << 30)) for e in fits)
+            cfg = replace(cfg, max_response=-(-longest * 3 // 2 // 32) * 32)
+        if main:
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+            print(
+                f"{cfg.preset}: {copy.num_parameters() / 1e6:,.1f}M parameters on {mesh.size()} × {where}\n"
+                f"{kernels(copy)}\n"
+                f"{len(fits)} prompts ({len(train_examples) - len(fits)} too long), {len(evals)} for validation\n"
+                f"responses of up to {cfg.max_response} tokens; judge: {cfg.judge_model}\n"
+                f"writing to {out}"
+            )
+        optimizer = make_optimizer(policy, cfg, cfg.lr)
+        state = Run(cfg, out, mesh, device, tokenizer, policy, copy, optimizer, client, fits, evals)
+        train(state, warm)
+        export(policy, source, out / "model", mesh.get_rank())
+        if main:
+            evaluation.report(out)
+            evaluation.print_summary(out)
+            print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    finally:
+        client.close()
+        if process:
+            process.terminate()
+
+
+def find_model(name: str) -> Path:
+    """A local directory, or a snapshot of a repository on the Hugging Face Hub, fetched once per machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"])
+    dist.barrier()
+    return Path(snapshot_download(name, local_files_only=True))
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 2 a setting or the data cannot work, 3 the judge failed (go on with --resume)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        cfg = parse(argv)
+        cfg = replace(cfg, out=cfg.out or f"runs/{cfg.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+        examples = load_examples(cfg)
+        mesh, device = setup(cfg)
+        names = [cfg.out]
+        dist.broadcast_object_list(names, src=0)  # the ranks' clocks may differ by a second
+        run(cfg, Path(names[0]), mesh, device, examples)
+    except (ConfigError, DataError, JudgeStop) as e:
+        if rank == 0:
+            print(f"\npolaris: {e}", file=sys.stderr)
+        return 3 if isinstance(e, JudgeStop) else 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

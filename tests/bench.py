@@ -1,0 +1,461 @@
+"""Benchmarks: each in one run on the same tensors, beside the peers it can import, in units of the device's limits.
+
+    python tests/bench.py logprob            log-probs of the vocabulary head, forward and backward
+    python tests/bench.py rollout            sampling, beside transformers' generate
+
+A run prints Markdown tables; its last line is JSON with the same numbers. Times are medians after a warm-up.
+The limits are measured too: the matrix rate (best of large square GEMMs), the copy bandwidth (bytes read + written).
+"""
+
+import argparse
+import ctypes
+import functools
+import gc
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import grpo  # noqa: E402
+import rollout  # noqa: E402
+
+# -------------------------------------------------------------------------------------------- shared by all benchmarks
+
+
+def default_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def seconds(function, device, repeats=5, warmup=2):
+    """Median seconds of one call of `function`, the device's queue included."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device, dtype):
+    """Flops per second of the fastest of some large square GEMMs in `dtype`."""
+    rates = []
+    for n in (4096, 8192, 12288) if device.type == "cuda" else (1024, 2048):
+        a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+        rates.append(2 * n**3 / seconds(lambda a=a, b=b: a @ b, device, repeats=7))
+    return max(rates)
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read and written, of a copy far larger than any cache."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)  # 4 GiB or 256 MiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+
+
+def extra_memory(function, device):
+    """Peak bytes that a call of `function` holds beyond those held before: allocator on a GPU, process on a CPU.
+
+    The process peak is Linux's own high-water mark (VmHWM), reset through /proc/self/clear_refs.
+    """
+    free(device)
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the call could fill free pages that the process still holds
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def free(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _status(field):
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def table(rows):
+    """Print dicts of one set of keys as a Markdown table; numbers keep three digits, None is a dash."""
+
+    def text(x):
+        if not isinstance(x, float):
+            return "–" if x is None else str(x)
+        return f"{x:.1e}" if 0 < abs(x) < 1e-2 else f"{x:,.{max(0, 2 - len(str(int(abs(x)))) + (abs(x) < 10))}f}"
+
+    lines = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for i, line in enumerate(lines):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(flush=True)
+
+
+def progress(text):
+    print(f"  {text} …", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- logprob
+
+
+HEAD_COLUMNS = "", "GEMMs", "ms", "x its GEMMs", "extra GB", "error logp", "error d hidden", "error d weight", "note"
+
+
+def logprob(args):
+    """Time, extra memory and error of sum(coef * logp), its log-probs and both gradients, per implementation."""
+    device = default_device()
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    h, v = args.hidden or (4096 if gpu else 256), args.vocab or (248320 if gpu else 32000)
+    name, rate, bandwidth = device_name(device), matrix_rate(device, dtype), copy_bandwidth(device)
+    result = {"bench": "logprob", "device": name, "torch": torch.__version__, "dtype": str(dtype)}
+    result |= {"time": [], "memory": []}
+
+    for n in args.tokens or ([8192, 16384] if gpu else [2048]):
+        progress(f"N {n:,}: fp64 reference")
+        inputs = head_problem(n, h, v, dtype, device)
+        reference = head_reference(*inputs)
+        rows, calls = [], []
+        for label, (gemms, run) in implementations(gpu).items():
+            progress(label)
+            rows.append(dict.fromkeys(HEAD_COLUMNS) | {"": label, "GEMMs": gemms})
+            calls.append(partial(forward_backward, run, inputs))
+            rows[-1]["note"] = check_head(rows[-1], run, calls[-1], reference, device)
+        times = [[] for _ in rows]
+        for turn in range(args.repeats):  # in turns, so that a busy moment of the machine hits all alike
+            progress(f"turn {turn + 1} of {args.repeats}")
+            rate = max(rate, matrix_rate(device, dtype))
+            for row, call, took in zip(rows, calls, times, strict=True):
+                if not row["note"]:
+                    took.append(seconds(call, device, repeats=1, warmup=1))
+        for row, took in zip(rows, times, strict=True):
+            if took:
+                row["ms"] = 1e3 * statistics.median(took)
+                row["x its GEMMs"] = row["ms"] / 1e3 / (row["GEMMs"] * 2 * n * h * v / rate)
+        print(f"N {n:,}, H {h:,}, V {v:,}, {dtype}: forward and backward, temperature 1\n")
+        table(rows)
+        result["time"].append({"tokens": n, "hidden": h, "vocab": v, "rows": rows})
+        del inputs, reference, calls
+
+    h, v = (h, v) if gpu else (64, 8192)  # a CPU takes minutes for 65,536 tokens at the sizes above
+    for label, (_, run) in implementations(gpu).items():
+        if isinstance(run, str):
+            continue
+        row = {"": label}
+        for n in (256, 4096, 16384, 65536):
+            progress(f"memory, N {n:,}, {label}")
+            if not gpu and n > 16384 and run not in OURS:
+                row[f"N {n:,}"] = None  # they hold [N, V] in main memory
+                continue
+            inputs = head_problem(n, h, v, dtype, device)
+            call = partial(forward_backward, run, inputs)
+            try:
+                call()  # kernels compiled, workspaces there
+                row[f"N {n:,}"] = (extra_memory(call, device) - sum(x.nbytes for x in inputs[:2])) / 1e9
+            except Exception as error:
+                row[f"N {n:,}"] = failure(run, error)
+        result["memory"].append(row)
+    print(f"Extra GB beyond inputs and gradients, H {h:,}, V {v:,}, {dtype}\n")
+    table(result["memory"])
+    print(f"{name}; torch {torch.__version__}; {rate / 1e12:.3g} Tflop/s in {dtype}; copy {bandwidth / 1e9:.4g} GB/s\n")
+    return result | {"matrix_tflops": rate / 1e12, "copy_gb_s": bandwidth / 1e9}
+
+
+def check_head(row, run, call, reference, device):
+    """Fill in errors and memory of one implementation. Returns why it cannot be timed, or nothing."""
+    if isinstance(run, str):
+        return run
+    try:
+        outputs = call()
+        if run is not liger_sum:  # which computes another sum
+            row |= zip(HEAD_COLUMNS[5:8], map(relative_error, outputs, reference), strict=True)
+        del outputs
+        row["extra GB"] = extra_memory(call, device) / 1e9
+    except Exception as error:
+        return failure(run, error)
+    return ""
+
+
+def failure(run, error):
+    """What the table says of an implementation that failed; an error of our own, but lack of memory, ends the run."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    if run in OURS:
+        raise error
+    return f"failed: {type(error).__name__}: {str(error).strip()[:80]}".replace("\n", " ")
+
+
+def head_problem(n, h, v, dtype, device):
+    """hidden [n, h], weight [v, h] with logits of standard deviation 3, targets [n], GRPO-like coefficients [n]."""
+    r = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, h, generator=r, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, generator=r, device=device) * 3 / h**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, v, (n,), generator=r, device=device)
+    return hidden, weight, targets, torch.randn(n, generator=r, device=device) / n
+
+
+def forward_backward(run, inputs):
+    """logp [N], d hidden, d weight."""
+    loss, logp = run(*inputs)
+    return logp.detach(), *torch.autograd.grad(loss, inputs[:2])
+
+
+@torch.no_grad()
+def head_reference(hidden, weight, targets, coef, rows=256):
+    """The same in fp64 from the definition, a few rows at a time."""
+    w = weight.double()
+    logp, dh, dw = torch.empty_like(coef, dtype=w.dtype), torch.empty_like(hidden, dtype=w.dtype), torch.zeros_like(w)
+    for part in torch.arange(len(hidden), device=w.device).split(rows):
+        h, y, c = hidden[part].double(), targets[part, None], coef[part, None].double()
+        logps = (h @ w.T).log_softmax(1)
+        logp[part] = logps.gather(1, y).squeeze(1)
+        g = logps.exp_().mul_(-c).scatter_add_(1, y, c)
+        dh[part] = g @ w
+        dw.addmm_(g.T, h)
+    return logp, dh, dw
+
+
+def relative_error(got, want):
+    """max |got - want| / max |want|, a few rows at a time."""
+    pairs = list(zip(got.split(4096), want.split(4096), strict=True))
+    return max(float((a.double() - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)
+
+
+def usual_code(hidden, weight, targets, coef):
+    """What a trainer writes without this module; bf16 logits on a GPU."""
+    logps = (hidden @ weight.T).float().log_softmax(1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(1)
+    logp = logps.gather(1, targets[:, None]).squeeze(1)
+    return (coef * logp).sum() + 0 * entropy.sum(), logp
+
+
+def two_passes(hidden, weight, targets, coef, backend):
+    logp, _ = grpo.token_logprobs(hidden, weight, targets, backend=backend)
+    return (coef * logp).sum(), logp
+
+
+def one_sweep(hidden, weight, targets, coef, backend):
+    return grpo.onpolicy_loss(hidden, weight, targets, coef, backend=backend)[:2]
+
+
+OURS = [partial(f, backend=backend) for f in (two_passes, one_sweep) for backend in ("chunked", "triton")]
+
+
+def liger(hidden, weight, targets, coef):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)(weight, hidden, targets)
+    return -(coef * loss).sum(), -loss
+
+
+def liger_sum(hidden, weight, targets, coef):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(weight, hidden, targets)
+    return loss, loss
+
+
+def cut_cross_entropy(hidden, weight, targets, coef):
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    return -(coef * loss).sum(), -loss
+
+
+def implementations(gpu):
+    """Label -> (GEMMs of the scheme, function(hidden, weight, targets, coef) -> (loss, logp) or why there is none)."""
+    have = {module: importlib.util.find_spec(module) for module in ("triton", "liger_kernel", "cut_cross_entropy")}
+    compiled = torch.compile(usual_code, dynamic=False) if gpu or shutil.which("g++") else "needs g++"
+    chunked_2, triton_2, chunked_1, triton_1 = OURS
+    if not (gpu and have["triton"]):
+        triton_2 = triton_1 = "needs a GPU and Triton"
+    ligers = [liger, liger_sum] if gpu and have["liger_kernel"] else ["needs a GPU and liger-kernel"] * 2
+    cce = cut_cross_entropy if gpu and have["cut_cross_entropy"] else "needs a GPU and cut-cross-entropy"
+    return {
+        "naive": (3, usual_code),
+        "naive, torch.compile": (3, compiled),
+        "token_logprobs, chunked": (4, chunked_2),
+        "token_logprobs, triton": (4, triton_2),
+        "onpolicy_loss, chunked": (3, chunked_1),
+        "onpolicy_loss, triton": (3, triton_1),
+        "Liger, per token (no entropy)": (4, ligers[0]),
+        "Liger, unweighted sum (no log-probs, no entropy)": (3, ligers[1]),
+        "cut cross-entropy (no entropy)": (4, cce),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- rollout
+
+TINY = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+DELTA = dict(linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4)
+
+
+def random_model(name, device):
+    """A model of random weights: two of a million parameters in fp32, or Qwen3.5-9B's language part in bf16."""
+    from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
+
+    config = {
+        "tiny": lambda: Qwen3_5TextConfig(**TINY, **DELTA),  # three delta-rule layers to one of attention, as the 9B
+        "tiny-attention": lambda: Qwen3Config(**TINY),
+        "9b": lambda: Qwen3_5TextConfig(),  # its defaults are the 9B's shape
+    }[name]()
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if name == "9b" else torch.float32)
+    model.generation_config.eos_token_id = None  # every row writes all its tokens
+    return model.eval()
+
+
+def step_bytes(model, rows, length):
+    """Bytes that a decode step must move: weights, keys and values read once; recurrent states read and written."""
+    config = model.config.get_text_config()
+    size = model.dtype.itemsize
+    weights = sum(p.nbytes for p in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.nbytes  # a few rows of it are looked up
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    cache = kinds.count("full_attention") * 2 * config.num_key_value_heads * config.head_dim * length * size
+    if delta := kinds.count("linear_attention"):
+        k, v = config.linear_key_head_dim, config.linear_value_head_dim
+        heads_k, heads_v = config.linear_num_key_heads, config.linear_num_value_heads
+        convolution = (2 * heads_k * k + heads_v * v) * config.linear_conv_kernel_dim * size
+        cache += delta * 2 * (heads_v * k * v * 4 + convolution)  # the recurrent state is fp32
+    return weights + rows * cache
+
+
+def write(model, prompt, rows, n):
+    seeds = [rollout.row_seed(0, 0, "bench", k) for k in range(rows)]
+    out = rollout.generate(model, [prompt] * rows, seeds, rollout.Sampling(max_new_tokens=n), ())
+    assert all(len(r.ids) == n for r in out)
+
+
+def write_by_transformers(cache, model, prompt, rows, n):
+    ids = torch.tensor([prompt] * rows, device=model.device)
+    sampling = dict(do_sample=True, temperature=1.0, top_k=20, top_p=0.95, repetition_penalty=1.1)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=n,
+        cache_implementation=cache,
+        pad_token_id=0,
+        **sampling,
+    )
+    assert out.shape[1] == len(prompt) + n
+
+
+def decode_table(model, prompt, rows, lengths, peer, repeats, bandwidth):
+    """One row per writer and length: the best of several turns, taken in rotation, since other load only adds."""
+    device = model.device
+    runs = {("rollout.generate", n): write for n in lengths}
+    runs["transformers generate", peer] = functools.partial(write_by_transformers, None)
+    runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
+    times = {key: [] for key in runs}
+    for turn in range(repeats + 1):  # in the first turn caches are made, graphs captured, kernels compiled
+        for (label, n), run in runs.items():
+            progress(f"{label}, {n:,} tokens, turn {turn}")
+            call = functools.partial(run, model, prompt, rows, n)
+            times[label, n].append(seconds(call, device, repeats=1, warmup=0))
+    step = {(label, n): min(took[1:]) / n for (label, n), took in times.items()}
+    lines = []
+    for (label, n), took in times.items():
+        s, moved = step[label, n], step_bytes(model, rows, len(prompt) + n / 2)
+        line = {"": label, "tokens a row": n, "first call, s": took[0], "tokens/s": rows / s, "ms a step": s * 1e3}
+        line |= {"GB a step": moved / 1e9, "GB/s": moved / s / 1e9, "% of the floor": 100 * moved / bandwidth / s}
+        lines.append(line | {"x generate": step["transformers generate", peer] / s})
+    return lines
+
+
+def decoding(args):
+    """Tokens per second and bytes per token, against the copy bandwidth and transformers' generate."""
+    device = default_device()
+    gpu = device.type == "cuda"
+    name, bandwidth = device_name(device), copy_bandwidth(device)
+    print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s\n")
+    lengths = args.tokens or ([512, 2048, 8192] if gpu else [128])
+    peer, repeats = args.peer_tokens or min(256, max(lengths)), args.repeats or (2 if gpu else 7)
+    results = []
+    for label in args.model or (["9b"] if gpu else ["tiny", "tiny-attention"]):
+        progress(f"{label}: random weights")
+        model = random_model(label, device)
+        size = sum(p.numel() for p in model.parameters())
+        kernels = rollout.kernels(model)
+        lines = decode_table(model, list(range(1, args.prompt + 1)), args.rows, lengths, peer, repeats, bandwidth)
+        print(f"{label}: {size / 1e6:,.2f} M parameters, {args.rows} rows, prompt {args.prompt}; {kernels}\n")
+        table(lines)
+        results.append({"model": label, "parameters": size, "kernels": kernels, "rows": lines})
+        del model
+        gc.collect()
+    head = {"bench": "rollout", "device": name, "torch": torch.__version__, "copy GB/s": bandwidth / 1e9}
+    return head | {"rows": args.rows, "prompt": args.prompt, "models": results}
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+
+    command = commands.add_parser("logprob", help="log-probs of the vocabulary head, forward and backward")
+    command.add_argument("--tokens", type=int, nargs="+", help="default: 8192 16384 on a GPU, 2048 on a CPU")
+    command.add_argument("--hidden", type=int, help="default: 4096 on a GPU, 256 on a CPU")
+    command.add_argument("--vocab", type=int, help="default: 248320 on a GPU, 32000 on a CPU")
+    command.add_argument("--repeats", type=int, default=5)
+    command.set_defaults(run=logprob)
+
+    command = commands.add_parser("rollout", help="sampling, beside transformers' generate")
+    command.add_argument("--model", nargs="+", choices=["tiny", "tiny-attention", "9b"], help="default: 9b on a GPU")
+    command.add_argument("--rows", type=int, default=10)
+    command.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    command.add_argument("--tokens", type=int, nargs="+", help="a row; default: 512 2048 8192 on a GPU, 128 on a CPU")
+    command.add_argument("--peer-tokens", type=int, help="a row, in transformers' runs; default: at most 256")
+    command.add_argument("--repeats", type=int, help="turns after the first; default: 2 on a GPU, 7 on a CPU")
+    command.set_defaults(run=decoding)
+
+    args = parser.parse_args()
+    print(json.dumps(args.run(args)))
+
+
+if __name__ == "__main__":
+    main()

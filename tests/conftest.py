@@ -1,0 +1,21 @@
+"""Tests run from anywhere, on the CPU, with the kernels in Triton's interpreter where no GPU can run them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def mini_model(tmp_path_factory):
+    """A random miniature with its tokenizer: (directory, examples)."""
+    import mini
+
+    examples = mini.fables(200, seed=0)
+    path = tmp_path_factory.mktemp("mini") / "start"
+    mini.make_model(path, examples, seed=0, hidden=32)
+    return path, examples

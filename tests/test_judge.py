@@ -1,0 +1,879 @@
+"""judge.py: parity of the reward with the release, hostile answers, a fault matrix over real sockets, the offline judge."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+from pathlib import Path
+
+import judge
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, JudgeStop, VerdictError
+from judge_injections import attempts, perfect_verdict
+
+HERE = Path(__file__).parent
+GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
+GOLDEN_SQ = json.loads((HERE / "golden_story_quality.json").read_text(encoding="utf-8"))
+KEY = "sk-secret/8e1fbf"
+GOOD = json.dumps(judge.offline_verdict(CHECK_PROMPT, CHECK_STORY))
+GOOD_SCORE = judge.parse_verdict(GOOD, CHECK_STORY).score
+
+
+def verdict_with(**scores):
+    """A verdict of zeros, but for `scores`."""
+    return {d.key: {"justification": "", "quotes": [], "score": scores.get(d.key, 0)} for d in RUBRIC}
+
+
+def run_cli(*args, **options):
+    command = [sys.executable, judge.__file__, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+# ------------------------------------------------------------------------------------------------ the reward
+
+
+@pytest.mark.parametrize("case", GOLDEN_REWARD["cases"], ids=lambda case: case["kind"])
+def test_text_penalties_equal_the_release(case):
+    words = judge.word_count(case["text"])
+    target = judge.requested_words(case["prompt"]) or judge.word_count(case["target"])
+    assert judge.self_repetition(case["text"]) == pytest.approx(case["self_rep"], abs=1e-12)
+    assert judge.length_penalty(words, target) == pytest.approx(case["length_pen"], abs=1e-12)
+    assert judge.blank_penalty(case["text"]) == case["blank_pen"]
+    reward = judge.reward(0.5, case["text"], target, 100, 0, True)
+    parts = 0.5 - 1.5 * case["self_rep"] - 0.8 * case["length_pen"] - case["blank_pen"]
+    assert reward.total == pytest.approx(max(-2, min(2, parts)), abs=1e-12)
+
+
+def test_default_constants_are_those_of_the_golden_settings():
+    golden, config = GOLDEN_REWARD["settings"], judge.RewardConfig()
+    names = {"min_visible_ratio": "blank_visible", "min_words": "blank_words"}
+    for side, ours in (("lower", "below"), ("upper", "above")):
+        names[f"len_tolerance_{side}"] = f"len_{ours}"
+        names |= {f"len_tolerance_{side}_abs_{end}": f"len_{ours}_{end}" for end in ("min", "max")}
+    for theirs, ours in names.items():
+        assert getattr(config, ours) == golden[theirs], ours
+
+
+def test_reward_adds_thinking_and_overlong_after_the_clip():
+    story = " ".join(f"w{i}" for i in range(1000))
+    base = judge.reward(1.0, story, 1000, 4000, 3072, True)
+    assert (base.total, base.think, base.overlong) == (1.0, 0.0, 0.0)
+    assert judge.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(0.05 * 100 / 4000)
+    assert judge.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
+    assert judge.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
+    assert judge.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
+    cut = judge.reward(-5.0, story, 1000, 8192, 4072, False)
+    assert cut.total == pytest.approx(-2 - 0.05 * 1000 / 8192 - 1)
+    other = dataclasses.replace(judge.RewardConfig(), len_weight=0.0, blank_words=0, rep_weight=0.0)
+    assert judge.reward(0.3, "", 900, 0, 0, True, other).total == 0.3  # an empty response does not divide by zero
+
+
+def test_golden_prompt_strip_but_for_the_departures():
+    departures = {
+        "A! B? It should be 500 words long and sad. End.": "A! B? End.",  # what follows stays visible
+        "Dr. Who at 3.5 miles, 200 words long": "Dr. Who at 3.5 miles",  # a number and a title end no sentence
+    }
+    for case in GOLDEN_SQ["prompt_strip"]:
+        assert judge.strip_length_sentence(case["prompt"]) == departures.get(case["prompt"], case["stripped"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "stripped"),
+    [
+        ("Tell of a fox. The story should be 1,500 words long. Include a dog.", 1500, "Tell of a fox. Include a dog."),
+        ("It should be 12,000 words long.\nUse rain.", 12000, "Use rain."),
+        ("Mr. Fox and J. R. R. Tolkien meet. Make it 300  words\tlong!", 300, "Mr. Fox and J. R. R. Tolkien meet."),
+        ("Follow plan B. It should be 500 words long.", 500, "Follow plan B."),
+        ('"Go!" he said. Write it 20 words long (3.5 pages). Dr. No wins.', 20, '"Go!" he said. Dr. No wins.'),
+        ("Write a story, about 800 words long", 800, "Write a story"),
+        ("A list:\n- a fox\n- 400 words long\n- a river", 400, "A list:\n- a fox\n- a river"),
+        ("A 500-word tale", None, "A 500-word tale"),
+        ("Many words longer than 3", None, "Many words longer than 3"),
+    ],
+)
+def test_length_sentence(prompt, words, stripped):
+    assert judge.requested_words(prompt) == words
+    assert judge.strip_length_sentence(prompt) == stripped
+    assert judge.strip_length_sentence(stripped) == stripped
+
+
+SENTENCES = st.lists(st.sampled_from(["A fox ran.", "Why now?", "He paid 3.5 pounds!", "Mr. Holt sat.", "“No.”"]), max_size=4)
+
+
+@given(SENTENCES, st.integers(1, 99999), SENTENCES)
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_only_the_length_sentence_is_hidden(before, words, after):
+    prompt = " ".join([*before, f"The story should be {words:,} words long.", *after])
+    if before or after:
+        assert judge.strip_length_sentence(prompt) == " ".join(before + after)
+    assert judge.requested_words(prompt) == words
+
+
+# ------------------------------------------------------------------------------------------------ rubric and composite
+
+
+def test_composite_equals_the_release():
+    for case in GOLDEN_SQ["totals"]:
+        totals = [case[f"{name}_total"] for name in ("positive", "negative", "bonus", "penalty")]
+        assert judge.composite(*totals) == pytest.approx(case["overall"], abs=1e-12)
+
+
+def test_one_table_makes_prompt_schema_and_score():
+    maxima = {d.key: d.max for d in RUBRIC}
+    assert (sum(maxima[k] for k in POSITIVE), sum(maxima[k] for k in NEGATIVE)) == (100, 151)
+    assert [maxima[k] for k in (*POSITIVE, *NEGATIVE)] == [15, 20, 15, 15, 20, 15, 15, 20, 15, 15, 15, 20, 15, 8, 8, 20]
+    text, schema = judge.rubric_text(), judge.verdict_schema()
+    assert list(schema["properties"]) == schema["required"] == [d.key for d in RUBRIC]
+    for d in RUBRIC:
+        covered = [n for low, high in d.ranges() for n in range(low, high + 1)]
+        assert covered == list(range(d.max + 1)) and len(d.bands) == 4
+        others = set(re.findall(r"\b[PN]\d+\b", d.excludes)) - {d.key}
+        assert others and others <= set(maxima), f"{d.key} does not say which dimension does"
+        for part in (d.name, d.measures, d.excludes, *d.bands, f"(0-{d.max})"):
+            assert part in text
+        assert schema["properties"][d.key]["properties"]["score"]["maximum"] == d.max
+    assert judge.story_quality({k: 0 for k in NEGATIVE} | maxima | {"PENALTY": 0} | {k: 0 for k in NEGATIVE}) == 1.08
+    assert judge.story_quality(maxima | {k: 0 for k in (*POSITIVE, "BONUS")}) == -1.59
+    assert [judge.label(x) for x in (-159, 14, 15, 34, 35, 54, 55, 74, 75, 108)] == [
+        "very_poor", "very_poor", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the parser
+
+
+def test_release_formats_around_a_verdict():
+    totals = '{"positive_total": 70, "negative_total": 20, "bonus_total": 4, "penalty_total": 1, "overall_score": 12}'
+    full = json.dumps(verdict_with(P1=15, P2=20, P5=20, P3=15, N2=20, BONUS=4, PENALTY=1))  # the same totals, by dimension
+    readable = 0
+    for case in GOLDEN_SQ["parse"]:
+        with pytest.raises(VerdictError):
+            judge.parse_verdict(case["judge_text"] or "", "")  # totals alone are never believed
+        if totals in (case["judge_text"] or ""):
+            assert judge.parse_verdict(case["judge_text"].replace(totals, full), "").score == 0.53
+            readable += 1
+    assert readable >= 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"Here it is: {{a}} {{}}\n```json\n{GOOD}\n```\nDone }}",
+        f"<think>maybe {{'P1': 3}} or 5\"</think>{GOOD}",
+        json.dumps({"evaluation": {"dimensions": json.loads(GOOD)}, "positive_total": 100}),
+        f"[{GOOD}]",
+        GOOD[:-1] + ", }",
+        GOOD.replace('"score": ', '"score": "').replace("}, ", '",},').replace('}}', '"}}'),  # strings, trailing commas
+        f"{GOOD}\n{GOOD}",
+        json.dumps({k: v for k, v in json.loads(GOOD).items() if k not in ("BONUS", "PENALTY")}),
+        re.sub(r'"score": (\d+)', r'"score": \1.0', GOOD),
+    ],
+    ids="plain prose think wrapper array comma strings twice no-bonus floats".split(),
+)
+def test_tolerated_forms(text):
+    verdict = judge.parse_verdict(text, CHECK_STORY)
+    assert verdict.score == GOOD_SCORE and verdict.raw == text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda v: v["P1"].update(score=True), "True, no integer"),
+        (lambda v: v["P1"].update(score=7.5), "7.5, no integer"),
+        (lambda v: v["P1"].update(score=None), "None, no integer"),
+        (lambda v: v["P1"].update(score="seven"), "'seven', no integer"),
+        (lambda v: v["P1"].update(score="٧"), "no integer"),
+        (lambda v: v["P1"].update(score=[7]), "list, no integer"),
+        (lambda v: v["P1"].update(score=math.nan), "NaN is no score"),
+        (lambda v: v["P1"].update(score=math.inf), "Infinity is no score"),
+        (lambda v: v["P1"].pop("score"), "None, no integer"),
+        (lambda v: v.update(P1=7), "P1 is no object"),
+        (lambda v: v["P1"].update(quotes="a quote"), "list of strings"),
+        (lambda v: v["P1"].update(quotes=[1]), "list of strings"),
+        (lambda v: v["P1"].update(justification=3), "must be a string"),
+        (lambda v: v.pop("N7"), "dimensions missing: N7"),
+        (lambda v: v.clear(), "no verdict in the answer"),
+    ],
+)
+def test_refused_with_the_reason(change, reason):
+    verdict = json.loads(GOOD)
+    change(verdict)
+    with pytest.raises(VerdictError, match=re.escape(reason)):
+        judge.parse_verdict(json.dumps(verdict), CHECK_STORY)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no verdict"), ("null", "no verdict"), ("The story is good.", "no verdict"), ("[[[[", "no verdict"),
+        (GOOD[:-400], "cannot be read"), (GOOD[: len(GOOD) // 3], "cannot be read"),
+        ("{" * 100_000, "cannot be read"), ('{"a":' * 30_000, "cannot be read"), ('{"P1": ' + "[" * 90_000, "cannot be read"),
+        ('{"P1": ' + "9" * 5000 + "}", "cannot be read"), ('{"\\', "cannot be read"), ('{"' + '\\"' * 90_000, "cannot be read"),
+        (GOOD + json.dumps(verdict_with(P1=15)), "2 different verdicts"),
+        (GOOD.replace('"P2"', '"P1"'), "occurs twice"), (GOOD.replace('"score": ', '"score": 1e999, "x": ', 1), "inf, no"),
+        ("x" * 200_001, "200001 characters"),
+    ],
+)  # fmt: skip
+def test_unreadable_answers(text, reason):
+    begin = time.monotonic()
+    with pytest.raises(VerdictError, match=re.escape(reason)):
+        judge.parse_verdict(text, CHECK_STORY)
+    assert time.monotonic() - begin < 3
+
+
+def test_out_of_range_scores_are_clamped():
+    wild = {d.key: {"score": (-1) ** i * 10**i} for i, d in enumerate(RUBRIC)}
+    verdict = judge.parse_verdict(json.dumps(wild), "")
+    for d in RUBRIC:
+        assert verdict.dimensions[d.key]["score"] == (d.max if wild[d.key]["score"] > d.max else max(0, wild[d.key]["score"]))
+    assert -1.59 <= verdict.score <= 1.08
+
+
+def test_quotes_are_looked_up():
+    def accuracy(**entries):
+        verdict = verdict_with()
+        for key, (score, quotes) in entries.items():
+            verdict[key].update(score=score, quotes=quotes)
+        return judge.parse_verdict(json.dumps(verdict), "“Don’t go,” she said.\nThe sea &amp; the moor lay still.").quote_accuracy
+
+    assert accuracy() is None
+    assert accuracy(P1=(9, ["she said. The sea"])) == 1.0  # punctuation, line breaks and quotation marks may differ
+    assert accuracy(P1=(9, ["DON'T GO", "sea & the moor", "she said ... lay still"])) == 1.0
+    assert accuracy(P1=(9, ["she said", "the moon lay still"])) == 0.5
+    assert accuracy(P1=(9, ["ea amp th"])) == 0.0  # whole words only
+    assert accuracy(N1=(3, [])) == 0.0  # a negative owes a quote ...
+    assert accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None  # ... a positive and a slight bonus do not
+    assert accuracy(BONUS=(2, []), N2=(1, ["lay still"])) == 0.5
+    assert judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03  # the score counts all the same
+
+
+ODD_VALUES = [None, True, -1, 7, 1e308, math.nan, -math.inf, 10**400, "12", " 5 ", "NaN", "", [], ["a", 1], {}, {"score": 3}]
+SPLICES = ["", "{", "}", '"', ",", "\\", "NaN", "```", "1e999", "\x00", "\ud800", "[", "]", ":", "\\ud800", "-", "e", "\u2028"]
+
+
+@given(st.integers(0, 2**62))
+@settings(derandomize=True, deadline=None, max_examples=9500, database=None)
+def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
+    """Answers of a judge that has gone wrong: a good verdict with values replaced, text cut, doubled and spliced."""
+    rng = random.Random(seed)
+    verdict = perfect_verdict()
+    for key in rng.sample(list(verdict), rng.randrange(3)):
+        if rng.random() < 0.2:
+            verdict[key] = rng.choice(ODD_VALUES)
+        else:
+            verdict[key][rng.choice(["score", "quotes", "justification", "extra"])] = rng.choice(ODD_VALUES)
+    text = json.dumps(verdict, ensure_ascii=rng.random() < 0.5)
+    for _ in range(rng.randrange(4)):
+        start, end = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
+        if rng.random() < 0.8:
+            end = min(end, start + rng.randrange(9))
+        text = text[:start] + rng.choice([*SPLICES, text[start:end] * 2]) + text[end:]
+    try:
+        found = judge.parse_verdict(text, CHECK_STORY)
+    except VerdictError as error:
+        assert str(error)
+        return
+    assert -1.59 <= found.score <= 1.08
+    assert all(0 <= found.dimensions[d.key]["score"] <= d.max for d in RUBRIC)
+    assert found.quote_accuracy is None or 0 <= found.quote_accuracy <= 1
+    json.dumps(found.dimensions, ensure_ascii=False).encode()  # can be written to disk
+
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from(list('{}[]",:\\P1 ')), max_size=60).map("".join))
+@settings(derandomize=True, deadline=None, max_examples=500, database=None)
+def test_fuzzed_text_is_refused(text):
+    with pytest.raises(VerdictError):
+        judge.parse_verdict(text, "")
+
+
+# ------------------------------------------------------------------------------------------------ isolation
+
+
+@pytest.mark.parametrize("name", attempts())
+def test_injections(name):
+    story = attempts()[name]
+    messages = judge.judge_messages(CHECK_PROMPT, story, "f00dfeedf00dfeed")
+    text = messages[1]["content"]
+    assert messages[0]["content"] == judge.rubric_text() and len(messages) == 2  # no story in the system message
+    assert text.count("f00dfeedf00dfeed") == 5  # announced once, two fences; nothing of the story carries it
+    assert judge._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
+    # A judge that quotes the story in its justification is still read as it meant.
+    own = verdict_with(P1=7, N6=20)
+    own["N6"].update(justification=f"The story says {story[-2000:]}", quotes=[story[:40]])
+    assert judge.parse_verdict(json.dumps(own), story).score == -0.13
+    # One that copies the story out before its own verdict is read as it meant or refused, never as the story wishes.
+    with contextlib.suppress(VerdictError):
+        assert judge.parse_verdict(f"{story}\n\n{json.dumps(own)}", story).score == -0.13
+    # The offline judge answers with a whole verdict, its quotes from the story.
+    answer = json.dumps(judge.offline_verdict(CHECK_PROMPT, story), ensure_ascii=False)
+    verdict = judge.parse_verdict(answer, story)
+    assert verdict.score < 0.8
+    assert verdict.quote_accuracy == (1.0 if re.search(r"\w", story) else 0.0)
+
+
+def test_more_than_forty_injections_and_a_new_marker_for_each_call():
+    assert len(attempts()) >= 40
+    with scripted(answer(GOOD)) as server, client(server.url) as judging:
+        for _ in range(3):
+            judging.submit(CHECK_PROMPT, CHECK_STORY).result()
+        markers = {re.search(rb"The marker is (\w+)", request)[1] for request in server.requests}
+    assert len(markers) == 3
+
+
+# ------------------------------------------------------------------------------------------------ a server on a script
+
+
+def http(status, body, *headers, length=None):
+    """A raw HTTP answer."""
+    body = body if isinstance(body, bytes) else body.encode()
+    head = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def answer(content, *headers, **extra):
+    """A chat completion of 1,000 tokens in and 100 out."""
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"} | extra
+    usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+    return http(200, json.dumps({"choices": [choice], "usage": usage}), "Content-Type: application/json", *headers)
+
+
+def silence(connection):
+    connection.recv(1)  # until the client gives up
+
+
+def reset(data):
+    """Send some bytes, then break the connection."""
+
+    def act(connection):
+        connection.sendall(data)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return act
+
+
+def drip(data, pause):
+    def act(connection):
+        for byte in data:
+            connection.sendall(bytes([byte]))
+            time.sleep(pause)
+
+    return act
+
+
+def flood(connection):
+    """50 MB of JSON."""
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 52428800\r\n\r\n{"choices": "')
+    for _ in range(50):
+        connection.sendall(b"x" * (1 << 20))
+
+
+class scripted:
+    """A TCP server that gives one request after another the next act of a script (bytes or a function), the last for ever."""
+
+    def __init__(self, *script):
+        self.script, self.requests, self.lock = list(script), [], threading.Lock()
+
+    def __enter__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+
+    def talk(self, connection):
+        with connection, connection.makefile("rb") as file, contextlib.suppress(OSError):
+            while head := file.readline():
+                while (line := file.readline()) not in (b"\r\n", b""):
+                    head += line
+                head += b"\r\n" + file.read(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))
+                with self.lock:
+                    self.requests.append(head)
+                    act = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+                if not isinstance(act, bytes):
+                    return act(connection)
+                connection.sendall(act)
+        return None
+
+
+def client(url, api_key=KEY, **options):
+    return contextlib.closing(Judge(url, "m", api_key, **({"timeout": 0.6, "retries": 2, "concurrency": 4} | options)))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(judge, "BACKOFF", 0.01)
+
+
+def soon(seconds):
+    """An HTTP date; whole seconds, so it is up to one second earlier."""
+    return formatdate(time.time() + seconds, usegmt=True)
+
+
+OK, OFF = GOOD_SCORE, None
+MATRIX = [  # name, script, score or None, words of the error, retries, tokens in, seconds (at least, at most)
+    ("fine", [answer(GOOD)], OK, "", 0, 1000, (0, 1)),
+    ("reset before the answer", [reset(b""), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("reset in the head", [reset(answer(GOOD)[:20]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("reset in the body", [reset(answer(GOOD)[:900]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("closed in the body", [lambda c: c.sendall(answer(GOOD)[:900]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("always reset", [reset(b"HTTP/1.1 200")], OFF, "no connection", 2, 0, (0, 1)),
+    ("silent once", [silence, answer(GOOD)], OK, "", 1, 1000, (0.5, 1.5)),
+    ("silent", [silence], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
+    ("dripping head", [drip(answer(GOOD), 0.05)], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
+    ("dripping body", [drip(b"\r\n".join([http(200, b"", length=9999), b"{}" * 999]), 0.02)], OFF, "within", 2, 0, (1.8, 2.6)),
+    ("slow but in time", [drip(answer("{}")[:1], 0.3), answer(GOOD)], OK, "", 1, 1000, (0.3, 1.5)),
+    ("429", [http(429, ""), http(429, ""), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
+    ("429, Retry-After", [http(429, "", "Retry-After: 0.7"), answer(GOOD)], OK, "", 1, 1000, (0.7, 1.3)),
+    ("429, Retry-After date", [lambda c: c.sendall(http(429, "", f"Retry-After: {soon(2)}")), answer(GOOD)], OK, "", 1, 1000, (0.9, 3)),
+    ("429, Retry-After nonsense", [http(429, "", "Retry-After: tomorrow"), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("429 for ever", [http(429, '{"error": {"message": "slow down"}}')], OFF, "HTTP 429: slow down", 2, 0, (0, 1)),
+    ("408, 409", [http(408, ""), http(409, ""), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
+    ("500, 502", [http(500, "oops"), http(502, "<html>"), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
+    ("503 for ever", [http(503, "<html>\n<b>busy</b></html>")], OFF, "HTTP 503: <html> <b>busy</b>", 2, 0, (0, 1)),
+    ("400", [http(400, '[{"error": {"message": "context too long"}}]')], OFF, "HTTP 400: context too long", 0, 0, (0, 1)),
+    ("HTML", [http(200, "<html>login</html>", "Content-Type: text/html")], OFF, "text/html: <html>login", 1, 0, (0, 1)),
+    ("HTML once", [http(200, "<html>"), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("empty body", [http(200, "")], OFF, "HTTP 200 without JSON (no content type: (empty))", 1, 0, (0, 1)),
+    ("204", [b"HTTP/1.1 204 No Content\r\n\r\n"], OFF, "HTTP 204", 0, 0, (0, 1)),
+    ("truncated envelope", [http(200, '{"choices": [{"mess')], OFF, "without JSON", 1, 0, (0, 1)),
+    ("other JSON", [http(200, '{"detail": "no such route"}')], OFF, "without an answer", 1, 0, (0, 1)),
+    ("array", [http(200, "[1, 2]")], OFF, "without an answer", 1, 0, (0, 1)),
+    ("error in a 200", [http(200, '{"error": {"message": "upstream died"}}')], OFF, "upstream died", 1, 0, (0, 1)),
+    ("null content", [answer(None)], OFF, "empty or unfinished", 1, 2000, (0, 1)),
+    ("empty content", [answer("  ")], OFF, "empty or unfinished", 1, 2000, (0, 1)),
+    ("content in parts", [answer([{"type": "text", "text": GOOD}])], OK, "", 0, 1000, (0, 1)),
+    ("out of tokens", [answer(GOOD, finish_reason="length")], OFF, "'length'", 1, 2000, (0, 1)),
+    ("truncated verdict", [answer(GOOD[:-99])], OFF, "no verdict", 1, 2000, (0, 1)),
+    ("wrong schema", [answer('{"P1": 3}')], OFF, "dimensions missing: P2", 1, 2000, (0, 1)),
+    ("wrong schema once", [answer('{"rating": "good"}'), answer(GOOD)], OK, "", 1, 2000, (0, 1)),
+    ("out of range", [answer(json.dumps(verdict_with(P1=10**9, N8=-5)))], 0.15, "", 0, 1000, (0, 1)),
+    ("NaN", [answer(GOOD.replace('"score": 0', '"score": NaN', 1))], OFF, "NaN is no score", 1, 2000, (0, 1)),
+    ("50 MB", [flood], OFF, "more than 4 MiB", 1, 0, (0, 3)),
+    ("wrong content type", [http(200, answer(GOOD).partition(b"\r\n\r\n")[2], "Content-Type: image/png")], OK, "", 0, 1000, (0, 1)),
+    ("redirect", [http(307, "", "Location: http://127.0.0.1:9/v1")], OFF, "redirect to http://127.0.0.1:9/v1", 0, 0, (0, 1)),
+    ("not HTTP", [b"SSH-2.0-OpenSSH_9\r\n" * 3], OFF, "no connection", 2, 0, (0, 1)),
+    ("endless headers", [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500], OFF, "no connection", 2, 0, (0, 1)),
+    ("bad length", [b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}"], OFF, "no connection", 2, 0, (0, 1)),
+    ("bad gzip", [http(200, "plain", "Content-Encoding: gzip")], OFF, "no connection", 2, 0, (0, 1)),
+    ("surrogates", [http(200, answer(GOOD).partition(b"\r\n\r\n")[2].replace(b"prose", b"\\ud800"))], OK, "", 0, 1000, (0, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "score", "words", "retries", "tokens", "seconds"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX])
+def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
+    with scripted(*script) as server, client(server.url, price_in=2.0, price_out=10.0) as judging:
+        begin = time.monotonic()
+        verdict = judging.submit(CHECK_PROMPT, CHECK_STORY).result(timeout=20)
+        spent = time.monotonic() - begin
+        stats = judging.stats()
+    assert verdict.score == score and words in verdict.error and bool(verdict.error) == (score is None)
+    assert seconds[0] <= spent <= seconds[1] + 0.5
+    assert (stats["calls"], stats["retries"], stats["failures"], stats["cached"]) == (1, retries, score is None, 0)
+    assert (stats["tokens_in"], stats["tokens_out"]) == (tokens, tokens // 10) == (verdict.tokens_in, verdict.tokens_out)
+    assert stats["dollars"] == pytest.approx(tokens * 2e-6 + tokens // 10 * 1e-5)
+    assert len(server.requests) == retries + 1
+    assert KEY not in verdict.error + verdict.raw
+
+
+def test_nobody_listens(quick):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    with client(url) as judging:
+        verdict = judging.submit("p", "s").result(timeout=5)
+        assert verdict.score is None and "refused" in verdict.error and judging.stats()["retries"] == 2
+        with pytest.raises(JudgeStop, match="refused"):
+            judging.check()
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_refusals_stop_everything_at_once_and_hide_the_key(quick, status):
+    body = json.dumps({"error": {"message": f"key {KEY} for model m: no credit"}})
+    with scripted(silence, http(status, body)) as server, client(server.url, timeout=30, concurrency=2) as judging:
+        futures = [judging.submit("p", str(i)) for i in range(20)]
+        for future in futures:  # the one that waits for the silent server too
+            with pytest.raises(JudgeStop, match=rf"HTTP {status}: key \*\*\* for model m: no credit"):
+                future.result(timeout=2)
+        with pytest.raises(JudgeStop):
+            judging.submit("p", "later").result(timeout=0)
+        assert len(server.requests) == 2
+
+
+def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
+    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.4)
+    with scripted(reset(b"")) as server, client(server.url, concurrency=8) as judging:
+        begin = time.monotonic()
+        futures = [judging.submit("p", str(i)) for i in range(500)]
+        outcomes = Counter(type(future.exception(timeout=10)) for future in futures)
+        assert time.monotonic() - begin < 3
+        assert outcomes[JudgeStop] > 200  # the rest had used up their retries before it was clear
+        with pytest.raises(JudgeStop, match="is down: .* attempts in a row failed.*resume"):
+            judging.submit("p", "later").result(timeout=0)
+
+
+def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick, monkeypatch):
+    monkeypatch.setattr(judge, "BREAKER_FAILURES", 4)
+    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.3)
+    with scripted(silence) as server, client(server.url, timeout=0.4) as judging:
+        for future in [judging.submit("p", str(i)) for i in range(8)]:  # four at once: their first time-outs are enough
+            with pytest.raises(JudgeStop):
+                future.result(timeout=1)
+    monkeypatch.setattr(judge, "BACKOFF", 0.0)
+    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.0)
+    pattern = [http(500, ""), http(429, ""), http(503, ""), reset(b"")] * 30
+    with scripted(*pattern, answer(GOOD)) as server, client(server.url, concurrency=1, retries=200) as judging:
+        assert judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE  # a 429 is a sign of life
+
+
+def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_path):
+    log, retries = tmp_path / "log.jsonl", 1
+    faults = "429:0.1,500:0.1,reset:0.05,truncate:0.05"
+    process, url = judge.serve_in_background(faults=faults, seed=3, log=log)
+    with process, client(url, retries=retries, concurrency=8) as judging:
+        stories = [f"{CHECK_STORY} Number {i} was the last." for i in range(200)]
+        futures = [judging.submit(CHECK_PROMPT, story) for story in stories]
+        verdicts = {judge.row_digest(CHECK_PROMPT, s): f.result() for s, f in zip(stories, futures, strict=True)}
+        stats = judging.stats()
+        process.stdin.close()
+    seen = {}
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        seen.setdefault(record["digest"], []).append(record["outcome"])
+    lost = {digest for digest, outcomes in seen.items() if outcomes[-1] != "ok"}
+    assert {digest for digest, v in verdicts.items() if v.score is None} == lost and 5 <= len(lost) <= 40
+    assert stats["failures"] == len(lost) and stats["retries"] == sum(map(len, seen.values())) - 200
+    assert all(v.dimensions == {} and v.error for v in verdicts.values() if v.score is None)
+
+
+# ------------------------------------------------------------------------------------------------ pace
+
+
+class counting:
+    """An act that answers after a while, and remembers how many were at it at once."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.most, self.lock = seconds, 0, 0, threading.Lock()
+
+    def __call__(self, connection):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(self.seconds)
+        with self.lock:
+            self.now -= 1
+        connection.sendall(answer(GOOD, "Connection: close"))
+
+
+def test_forty_stories_overlap_up_to_the_concurrency():
+    act = counting(0.5)
+    with scripted(act) as server, client(server.url, concurrency=16, timeout=10) as judging:
+        begin = time.monotonic()
+        verdicts = [future.result() for future in [judging.submit("p", str(i)) for i in range(40)]]
+        seconds = time.monotonic() - begin
+    assert act.most == 16 and all(v.score == GOOD_SCORE for v in verdicts)
+    assert seconds <= 3 * 0.5 * 1.15
+
+
+def test_requests_per_minute():
+    with scripted(answer(GOOD)) as server, client(server.url, rpm=1200) as judging:
+        begin = time.monotonic()
+        for future in [judging.submit("p", str(i)) for i in range(11)]:
+            future.result()
+        assert 0.5 <= time.monotonic() - begin < 1.0  # ten gaps of 50 ms
+
+
+def test_connections_are_reused():
+    ports, real = set(), scripted.talk
+
+    class watched(scripted):
+        def talk(self, connection):
+            ports.add(connection.getpeername())
+            real(self, connection)
+
+    with watched(answer(GOOD)) as server, client(server.url, concurrency=2) as judging:
+        for future in [judging.submit("p", str(i)) for i in range(30)]:
+            future.result()
+    assert len(server.requests) == 30 and len(ports) <= 2
+
+
+def test_a_process_ends_though_its_judge_is_silent():
+    with scripted(silence) as server:
+        code = f"import judge; j = judge.Judge({server.url!r}, 'm'); j.submit('p', 's'); import time; time.sleep(0.3)"
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], cwd=Path(judge.__file__).parent, check=True, timeout=20)
+        assert time.monotonic() - begin < 5
+
+
+def test_close_fails_what_is_pending():
+    with scripted(silence) as server, client(server.url, timeout=30) as judging:
+        future = judging.submit("p", "s")
+        judging.close()
+        with pytest.raises(JudgeStop, match="closed"):
+            future.result(timeout=0)
+
+
+# ------------------------------------------------------------------------------------------------ cache and key
+
+
+def test_nothing_is_paid_twice(quick, tmp_path):
+    cache = tmp_path / "cache.sqlite"
+    script = [answer("{}"), answer("{}"), answer(GOOD)]
+    with scripted(*script) as server:
+        with client(server.url, cache=cache) as judging:
+            assert judging.submit("Write. It should be 90 words long.", "s").result().score is None  # failures are not kept
+            first = judging.submit("Write. It should be 90 words long.", "s").result()
+        with client(server.url, cache=cache) as judging:
+            again = judging.submit("Write. It should be 1,200 words long.", "s").result()  # the judge sees the same
+            assert (again.score, again.raw, again.cached) == (first.score, first.raw, True)
+            assert judging.stats()["calls"] == 0 and judging.stats()["cached"] == 1
+            assert len(server.requests) == 3
+            judging.submit("Write!", "s").result()
+            judging.submit("Write.", "t").result()
+        for changes in ({"extra_body": {"top_k": 3}}, {"extra_body": {"temperature": None}}):
+            with client(server.url, cache=cache, **changes) as judging:
+                assert not judging.submit("Write.", "s").result().cached
+        assert len(server.requests) == 7
+        request = json.loads(server.requests[-1].partition(b"\r\n\r\n")[2])
+        assert "temperature" not in request and request["top_p"] == 0.9
+        with sqlite3.connect(cache) as db:
+            db.execute("UPDATE verdicts SET raw = 'stored by another version'")
+        with client(server.url, cache=cache) as judging:
+            assert judging.submit("Write.", "s").result().score == GOOD_SCORE and len(server.requests) == 8
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_the_cache_is_safe_for_four_processes(tmp_path):
+    cache = tmp_path / "cache.sqlite"
+    with scripted(answer(GOOD)) as server:
+        code = (
+            f"import judge; j = judge.Judge({server.url!r}, 'm', cache={str(cache)!r})\n"
+            "v = [f.result() for f in [j.submit('p', str(i % 60)) for i in range(120)]]; j.close()\n"
+            "print(sum(x.score is not None for x in v))"
+        )
+        command = [sys.executable, "-c", code]
+        options = {"cwd": Path(judge.__file__).parent, "stdout": subprocess.PIPE, "text": True}
+        workers = [subprocess.Popen(command, **options) for _ in range(4)]
+        assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["120"] * 4
+    with sqlite3.connect(cache) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert db.execute("SELECT COUNT(*) FROM verdicts").fetchone() == (60,)
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "bad").write_text("no database " * 100)
+    for path in (tmp_path / "bad", tmp_path / "missing" / "cache"):
+        with pytest.raises(JudgeStop, match=re.escape(str(path))):
+            Judge("http://127.0.0.1:1/v1", "m", cache=path)
+
+
+def test_keys(monkeypatch):
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    for url in ("http://localhost:8000/v1", "http://127.0.0.1:1/v1", "http://10.0.0.7/v1", "http://[::1]:80/v1", "http://gpu7/v1"):
+        assert judge.api_key("JUDGE_API_KEY", url) is None
+    for url in ("https://api.openai.com/v1", "https://8.8.8.8/v1"):
+        with pytest.raises(JudgeStop, match="export JUDGE_API_KEY"):
+            judge.api_key("JUDGE_API_KEY", url)
+    monkeypatch.setenv("JUDGE_API_KEY", KEY + "\n")
+    assert judge.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
+    judging = Judge("https://api.openai.com/v1", "m", KEY)
+    assert KEY not in repr(judging) + str(judging.stats())
+    for bad in ("two words", "line\nbreak", "ключ"):
+        with pytest.raises(ValueError, match="not shown") as caught:
+            Judge("https://api.openai.com/v1", "m", bad)
+        assert bad not in str(caught.value)
+    for url in ("api.openai.com/v1", "ftp://x/v1", f"https://me:{KEY}@host/v1", f"https://host/v1?key={KEY}"):
+        with pytest.raises(ValueError) as caught:
+            Judge(url, "m")
+        assert KEY not in str(caught.value)
+
+
+def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login other password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    monkeypatch.setattr(judge, "is_local", lambda url: False)
+    own = verdict_with(P1=3)
+    own["P1"]["justification"] = f"Your key is {KEY}."
+    with scripted(answer(json.dumps(own))) as server, client(server.url, cache=tmp_path / "c.sqlite") as judging:
+        verdict = judging.submit("p", "s").result()
+        assert verdict.dimensions["P1"]["justification"] == "Your key is ***." and KEY not in verdict.raw
+        head, _, body = server.requests[0].partition(b"\r\n\r\n")
+        assert f"Authorization: Bearer {KEY}".encode() in head and KEY.encode() not in body
+    with scripted(answer(GOOD)) as server, client(server.url, api_key=None) as judging:
+        judging.submit("p", "s").result()
+        assert b"uthorization" not in server.requests[0]  # not even one from .netrc
+
+
+# ------------------------------------------------------------------------------------------------ the offline judge
+
+PROMPT = "Write a story about a fox, a lantern and the mill. The story should be 60 words long."
+TALE = (
+    "A young fox lived by the old mill and had never seen a lantern. One night a light shone on the river. "
+    '"Who is there?" asked the fox. An owl held up the lantern and said, "Only a friend." They walked home together '
+    "along the water, and the mill was not so dark again."
+)
+
+
+def sq(story, prompt=PROMPT):
+    return judge.parse_verdict(json.dumps(judge.offline_verdict(prompt, story)), story).score
+
+
+def test_the_offline_judge_orders_drafts():
+    rng = random.Random(5)
+    words = TALE.split()
+    shuffled = " ".join(rng.sample(words, len(words)))
+    letters = " ".join("".join(rng.choices("bcdfghjkqxzvw", k=rng.randint(2, 9))) for _ in range(60))
+    sentences = re.split(r"(?<=[.?]) (?=[A-Z])", TALE)
+    assert 0.55 <= sq(TALE) <= 0.85
+    assert 0.55 <= sq(CHECK_STORY, CHECK_PROMPT) <= 0.85
+    assert sq(TALE) > sq(shuffled) + 0.3 > sq(letters) + 0.3
+    assert sq(letters) < -0.2 and sq("") < -0.5 and sq("?!… — ...") < -0.5
+    assert sq(TALE[: len(TALE) * 2 // 3]) < sq(TALE) - 0.05
+    assert sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man")) < sq(TALE) - 0.1  # off the prompt
+    assert sq(TALE.lower().replace(".", "")) < sq(TALE) - 0.15
+    assert sq(TALE.replace('"', "", 1)) < sq(TALE) - 0.03  # an unpaired quotation mark
+    assert sq(f"{TALE} {TALE}") < sq(TALE) - 0.3
+    assert sq(" ".join([*sentences[:3], sentences[2], *sentences[3:]])) < sq(TALE)
+    assert sq(" ".join([sentences[0]] * 6)) < 0.1
+    assert sq("fox lantern mill " * 20) < 0 and sq("Fox, lantern, mill.") < sq(TALE) - 0.2
+    assert sq(" ".join("zorp" if i % 3 == 0 else "brrk" if i % 3 == 1 else w for i, w in enumerate(words))) < 0.2
+
+
+def test_the_offline_judge_does_not_pay_for_length():
+    parts = CHECK_STORY.split("\n\n")
+    stories = [TALE, "\n\n".join(parts[:4]), CHECK_STORY, f"{CHECK_STORY}\n\n{TALE}"]  # 55 to 250 words
+    scores = [sq(story, prompt="") for story in stories]
+    assert max(scores) - min(scores) < 0.1
+
+
+def test_the_offline_judge_is_linear_in_hostile_text():
+    begin = time.monotonic()
+    for text in ("!" * 50_000 + "z", '."' * 50_000 + "x", "\n " * 50_000, "a" * 200_000, "“" * 50_000, "&" * 50_000, "." * 99_999):
+        judge.offline_verdict(PROMPT, "A fox. " + text + " b")
+        judge.reward(0.0, text, 100, 10, 0, True)
+        judge.parse_verdict(GOOD, text)
+    assert time.monotonic() - begin < 8
+
+
+def test_an_offline_verdict_fits_the_schema_and_quotes_the_story():
+    schema, verdict = judge.verdict_schema(), judge.offline_verdict(PROMPT, TALE + " The the the of.")
+    assert list(verdict) == schema["required"]
+    for key, entry in verdict.items():
+        inner = schema["properties"][key]
+        assert set(entry) == set(inner["required"]) == set(inner["properties"]) and entry["justification"]
+        assert 0 <= entry["score"] <= inner["properties"]["score"]["maximum"]
+        assert all(quote in TALE + " The the the of." and len(quote.split()) <= 12 for quote in entry["quotes"])
+        assert entry["quotes"] or not entry["score"] or key in POSITIVE
+
+
+def test_serve_with_the_openai_client():
+    openai = pytest.importorskip("openai")
+    process, url = judge.serve_in_background()
+    with process:
+        api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        messages = judge.judge_messages(PROMPT, TALE, "m4rk")
+        reply = api.chat.completions.create(model="offline", messages=messages, response_format={"type": "json_object"})
+        assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE)
+        assert reply.usage.prompt_tokens > 1000 and reply.choices[0].finish_reason == "stop" and reply.model == "offline"
+        parts = [{"role": "user", "content": [{"type": "text", "text": TALE}]}]  # a story on its own, in parts
+        reply = api.chat.completions.create(model="offline", messages=parts)
+        assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE, "")
+        for bad in ({"messages": []}, {"messages": "text"}):
+            with pytest.raises(openai.BadRequestError, match="list of messages"):
+                api.post("/chat/completions", body=bad, cast_to=object)
+        with pytest.raises(openai.NotFoundError):
+            api.post("/elsewhere", body={"messages": messages}, cast_to=object)
+        process.stdin.close()
+        assert process.wait(timeout=5) == 0
+
+
+def test_the_server_goes_with_a_killed_parent():
+    code = "import judge, os, sys; p, url = judge.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(judge.__file__).parent, capture_output=True, text=True, timeout=20)
+    pid = int(run.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return  # ended; nobody has fetched its status yet
+        time.sleep(0.05)
+    pytest.fail(f"the server {pid} is still there")
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def test_check_prints_what_a_judge_is_worth():
+    run = run_cli("check", "--times", "2", "--judge-price-in", "0.5", "--judge-price-out", "3")
+    assert run.returncode == 0 and not run.stderr
+    for words in ("10 of 10", "quotes found     100%", "0.000 asking again", "Yes; it ranks the tale first", "$0.00"):
+        assert words in run.stdout, run.stdout
+
+
+def test_check_sees_a_judge_that_cannot_tell():
+    texts = iter(random.Random(1).choices(range(16), k=99))
+    noise = [answer(json.dumps(verdict_with(P1=next(texts)))) for _ in range(40)]
+    with scripted(*noise) as server:
+        run = run_cli("check", "--judge-url", server.url, "--judge-model", "dice")
+    assert run.returncode == 0 and "five drafts apart? No" in run.stdout
+
+
+def test_score_prints_a_verdict(tmp_path):
+    (tmp_path / "story.txt").write_text(TALE)
+    run = run_cli("score", str(tmp_path / "story.txt"), "--prompt", PROMPT)
+    assert run.returncode == 0 and all(d.name in run.stdout for d in RUBRIC) and "Story Quality" in run.stdout
+    run = run_cli("score", "-", "--prompt", PROMPT, "--json", input=TALE)
+    assert json.loads(run.stdout)["score"] == sq(TALE)
+
+
+def test_bad_input_is_explained(quick, tmp_path, monkeypatch):
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    for args, words in (
+        (["check", "--judge-url", "https://api.openai.com/v1"], "export JUDGE_API_KEY"),
+        (["check", "--judge-url", dead], "refused"),
+        (["check", "--judge-url", "localhost:1"], "http(s)://host"),
+        (["score", str(tmp_path / "none.txt")], "none.txt"),
+        (["serve", "--faults", "fire:0.5"], "NAME:SHARE"),
+        (["serve", "--faults", "500:0.9,429:0.9"], "more than 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["judge.py", *args])
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            judge.main()
+
+
+def test_no_key_in_what_a_command_prints():
+    body = json.dumps({"error": {"message": f"bad key {KEY}"}})
+    with scripted(http(401, body)) as server:
+        run = run_cli("check", "--judge-url", server.url, env=os.environ | {"JUDGE_API_KEY": KEY})
+        assert run.returncode != 0 and "bad key ***" in run.stderr and KEY not in run.stdout + run.stderr
+        assert f"Bearer {KEY}".encode() in server.requests[0]
+
+
+def test_schema_is_an_extra_body():
+    body = json.loads(run_cli("schema").stdout)
+    assert body["response_format"]["json_schema"]["schema"] == judge.verdict_schema()

@@ -1,0 +1,74 @@
+"""Several ranks on one machine, for tests: real processes that meet over gloo, forked from a server that has imported
+the trainer once, so that four ranks cost one import."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["polaris"])
+
+
+def _rank(rank: int, world: int, port: int, log: str, function, args) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    output = open(log, "ab", buffering=0)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    sys.exit(function(*args))
+
+
+class World:
+    """`function(*args)` on `world` ranks; its return value is each rank's exit status."""
+
+    def __init__(self, world: int, function, *args, log: Path):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.log = Path(log)
+        self.ranks = [
+            context.Process(target=_rank, args=(rank, world, port, str(log), function, args)) for rank in range(world)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def kill(self) -> None:
+        """kill -9, as a lost machine would."""
+        for process in self.ranks:
+            os.kill(process.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = 240) -> list[int]:
+        """Exit status of each rank."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.1, deadline - time.monotonic()))
+        if stuck := [p for p in self.ranks if p.is_alive()]:
+            for process in stuck:
+                process.kill()
+            raise TimeoutError(f"{len(stuck)} ranks did not end in {seconds} s:\n{self.text()[-3000:]}")
+        return [process.exitcode for process in self.ranks]
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def polaris_main(argv: list[str]) -> int:
+    import polaris
+
+    return polaris.main(argv)
