@@ -15,9 +15,9 @@ What the client does when something fails:
     retried, backing off   time-out, connection lost or refused, 408, 409, 429, 5xx; Retry-After is obeyed, up to 120 s
     retried once           an answer that is no verdict: HTML, cut-off or invalid JSON, missing dimensions, over 4 MiB
     not retried            other 4xx; redirects, as a redirected POST loses its body
-    JudgeStop              401, 402, 403, 404; or the circuit opens: 16 attempts in a row, over 5 s, that no working
-                           server answered (connection, time-out, 5xx). Every pending and later call ends with it.
-A dead judge so costs seconds, a silent one a time-out; 30% random faults put 16 in a row once in 10^8. A key comes
+    JudgeStop              401, 402, 403, 404; or the circuit opens: 16 attempts in a row, over 5 s, that got no HTTP
+                           answer at all (connection, time-out). Every pending and later call ends with it.
+So a dead judge costs seconds, a silent one a time-out, and 30% random faults put 16 in a row once in 10^8. A key comes
 from the environment, travels in one header, and is cut out of whatever a provider sends back.
 
     python judge.py check [--judge-url URL --judge-model NAME]   can this judge tell five drafts apart, at what cost?
@@ -469,17 +469,23 @@ def _json_objects(text):
     for _ in range(64):  # an answer with more openings is no verdict, and reading on from each of them takes time
         if start < 0:
             break
-        tail, end = text[start:], 1  # where nothing can be read, look for the next "{"
-        for candidate in (tail, _TRAILING_COMMA.sub(lambda match: match[1] or "", tail)):
-            found = []
-            try:
-                end = decoder.raw_decode(candidate)[1]
-            except (ValueError, RecursionError) as error:
-                fault = fault or f"the JSON cannot be read: {error}"
-                continue
-            objects, tail = objects + found, candidate
-            break
-        text, start = tail, tail.find("{", end)
+        found, end = [], start + 1  # where nothing can be read, look for the next "{"
+        try:
+            end = decoder.raw_decode(text, start)[1]
+        except RecursionError:
+            return objects, fault or "the JSON cannot be read: nested too deeply"
+        except ValueError as error:
+            fault = fault or f"the JSON cannot be read: {error}"
+            found, position = [], getattr(error, "pos", 0)
+            if "," in text[max(start, position - 200) : position + 1]:
+                tail = _TRAILING_COMMA.sub(lambda match: match[1] or "", text[start:])
+                try:
+                    end = decoder.raw_decode(tail)[1]
+                    text = tail
+                except (ValueError, RecursionError):
+                    found = []
+        objects += found
+        start = text.find("{", end)
     return objects, fault
 
 
@@ -528,7 +534,7 @@ def _quotes_found(dimensions, story):
 # -------------------------------------------------------------------------------------------------- the client
 
 MAX_BODY = 4 << 20  # bytes of one answer; a verdict takes a few thousand
-BACKOFF = 0.5  # seconds before the first retry, doubled for each further one up to 30, times a random 0.5 to 1
+BACKOFF = 1.0  # seconds before the first retry, doubled for each further one up to 30, times a random 0.5 to 1
 RETRY_AFTER_MAX = 120.0  # seconds
 BREAKER_FAILURES, BREAKER_SECONDS = 16, 5.0
 
@@ -537,12 +543,16 @@ class JudgeStop(RuntimeError):
     """The run must stop: the judge refuses the key or the model, or cannot be reached any more."""
 
 
-class _Fault(Exception):
-    """A failed attempt. kind: transient, unusable, final; wait: seconds the server asks for; usage: tokens in, out."""
+class CallFailed(RuntimeError):
+    """A call without a usable answer. kind: transient, unusable or final; wait: seconds that the server asks for;
+    usage: (tokens in, tokens out) paid all the same; raw: the last answer, if there was one."""
 
     def __init__(self, kind, reason, wait=None, usage=(0, 0)):
         super().__init__(reason)
-        self.kind, self.wait, self.usage = kind, wait, usage
+        self.kind, self.wait, self.usage, self.raw = kind, wait, usage, ""
+
+
+_Fault = CallFailed  # until data.py asks with Judge.ask
 
 
 def is_local(url):
@@ -652,33 +662,50 @@ class Judge:
                 settle()
 
     def _call(self, session, prompt, story):
-        """All attempts for one story."""
-        body = json.dumps({**self._body, "messages": judge_messages(prompt, story, secrets.token_hex(8))}).encode()
+        """The verdict on one story, stored in the cache."""
+        begin, messages = time.monotonic(), judge_messages(prompt, story, secrets.token_hex(8))
+        try:
+            verdict, tokens = self.ask(messages, functools.partial(parse_verdict, story=story), session)
+            self._sql(
+                "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", self._name(prompt, story), verdict.raw, *tokens
+            )
+        except CallFailed as fault:
+            verdict, tokens = Verdict(error=str(fault), raw=fault.raw), fault.usage
+        return dataclasses.replace(verdict, seconds=time.monotonic() - begin, tokens_in=tokens[0], tokens_out=tokens[1])
+
+    def ask(self, messages, parse=str, session=None):
+        """Any chat completion, retries included, on the caller's thread -> (parse(answer), (tokens in, tokens out)).
+
+        A VerdictError of `parse` makes the answer an unusable one. Raises CallFailed, or JudgeStop.
+        """
+        body, session = json.dumps({**self._body, "messages": messages}).encode(), session or self._session()
         left = {"transient": self._retries, "unusable": min(1, self._retries), "final": 0}
-        begin, tokens, backoff, verdict, text = time.monotonic(), (0, 0), BACKOFF, None, ""
-        while verdict is None:
+        begin, backoff, text, tokens = time.monotonic(), BACKOFF, "", (0, 0)
+        while True:
+            value = fault = None
             try:
                 text, usage = self._attempt(session, body)
-                tokens = tokens[0] + usage[0], tokens[1] + usage[1]
-                verdict = parse_verdict(text, story)
-            except (_Fault, VerdictError) as error:
-                fault = error if isinstance(error, _Fault) else _Fault("unusable", f"no verdict: {error}")
-                tokens = tokens[0] + fault.usage[0], tokens[1] + fault.usage[1]
-                if not left[fault.kind]:
-                    verdict = Verdict(error=str(fault), raw=text)
-                    break
-                left[fault.kind] -= 1
-                self._count(retries=1)
-                self._pause((fault.wait or 0.0) + backoff * random.uniform(0.5, 1))
-                backoff = min(30.0, 2 * backoff)
-        seconds, failed = time.monotonic() - begin, verdict.score is None
-        self._count(calls=1, failures=failed, tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds)
-        if not failed:
-            self._sql("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", self._name(prompt, story), text, *tokens)
-        return dataclasses.replace(verdict, seconds=seconds, tokens_in=tokens[0], tokens_out=tokens[1])
+                value = parse(text)
+            except CallFailed as error:
+                fault, usage = error, error.usage
+            except VerdictError as error:
+                fault = CallFailed("unusable", f"no verdict: {error}")
+            tokens = tokens[0] + usage[0], tokens[1] + usage[1]
+            if not fault or not left[fault.kind]:
+                break
+            left[fault.kind] -= 1
+            self._count(retries=1)
+            self._pause((fault.wait or 0.0) + backoff * random.uniform(0.5, 1))
+            backoff = min(30.0, 2 * backoff)
+        seconds = time.monotonic() - begin
+        self._count(calls=1, failures=bool(fault), tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds)
+        if fault:
+            fault.raw, fault.usage = text, tokens
+            raise fault
+        return value, tokens
 
     def _attempt(self, session, body):
-        """One request -> (text of the answer, (tokens in, tokens out)); _Fault or JudgeStop."""
+        """One request -> (text of the answer, (tokens in, tokens out)); CallFailed or JudgeStop."""
         with self._lock:  # take the next free place in the minute
             slot = self._next_slot = max(time.monotonic(), self._next_slot + self._interval)
         self._pause(slot - time.monotonic())
@@ -692,25 +719,22 @@ class Judge:
                 error = error.__context__
             reason = reason if late else f"no connection: {self._redact(str(error))}"
             self._no_sign_of_life(begin if late else time.monotonic(), reason)
-            raise _Fault("transient", reason) from None
+            raise CallFailed("transient", reason) from None
         text = self._redact(data.decode("utf-8-sig", "replace"))
         reason = f"HTTP {status}: {self._redact(_provider_message(text))}" if status != 200 else ""
-        if status >= 500:
-            self._no_sign_of_life(time.monotonic(), reason)
-        else:
-            with self._lock:
-                self._failing = 0
+        with self._lock:
+            self._failing = 0
         if status in (401, 402, 403, 404):
             self._halt(f"the judge {self.model} at {self.url} refuses: {reason}")
             raise JudgeStop(self._stop_reason)
         if status >= 500 or status in (408, 409, 429):
-            raise _Fault("transient", reason, _retry_after(headers.get("Retry-After")))
+            raise CallFailed("transient", reason, _retry_after(headers.get("Retry-After")))
         if 300 <= status < 400:
             reason = f"HTTP {status}: redirect to {self._redact(headers.get('Location', '?'))}; use that address as URL"
         if status != 200:
-            raise _Fault("final", reason)
+            raise CallFailed("final", reason)
         if len(data) > MAX_BODY:
-            raise _Fault("unusable", f"an answer of more than {MAX_BODY >> 20} MiB")
+            raise CallFailed("unusable", f"an answer of more than {MAX_BODY >> 20} MiB")
         content, usage = _content(text, headers.get("Content-Type", ""))
         return self._redact(content), usage
 
@@ -772,7 +796,7 @@ class Judge:
             raise JudgeStop(self._stop_reason)
 
     def _no_sign_of_life(self, since, reason):
-        """Count an attempt that no working server answered; open the circuit when that goes on for long enough."""
+        """Count an attempt without any HTTP answer; open the circuit when nothing else has come for long enough."""
         with self._lock:
             self._failing_since = min(self._failing_since, since) if self._failing else since
             self._failing += 1
@@ -851,12 +875,12 @@ def _provider_message(text):
 
 
 def _content(text, content_type):
-    """The body of a 200 -> (text of the answer, (tokens in, tokens out)); _Fault if it holds no answer."""
+    """The body of a 200 -> (text of the answer, (tokens in, tokens out)); CallFailed if it holds no answer."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
         what = f"{content_type or 'no content type'}: {_provider_message(text)[:100]}"
-        raise _Fault("unusable", f"HTTP 200 without JSON ({what}); is the URL right?") from None
+        raise CallFailed("unusable", f"HTTP 200 without JSON ({what}); is the URL right?") from None
     usage = body.get("usage") if isinstance(body, dict) else None
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
     usage = tuple(n if type(n) is int and 0 <= n < 1 << 40 else 0 for n in counts)
@@ -866,10 +890,10 @@ def _content(text, content_type):
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part.get("type") == "text")
     except (LookupError, TypeError, AttributeError):
-        raise _Fault("unusable", f"HTTP 200 without an answer: {_provider_message(text)}", usage=usage) from None
+        raise CallFailed("unusable", f"HTTP 200 without an answer: {_provider_message(text)}", usage=usage) from None
     if not isinstance(content, str) or not content.strip() or reason in ("length", "content_filter"):
         why = f" ({reason})" if reason in ("length", "content_filter") else ""
-        raise _Fault("unusable", f"an empty or unfinished answer{why}", usage=usage)
+        raise CallFailed("unusable", f"an empty or unfinished answer{why}", usage=usage)
     return _clean(content), usage
 
 

@@ -29,6 +29,7 @@ Notably absent: a reference model and KL term, a value model, several updates a 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -217,6 +218,8 @@ def check(cfg: Config) -> None:
     }.items():
         if getattr(cfg, name) not in choices:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: choose from {', '.join(choices)}")
+    if cfg.tracker != "none" and not importlib.util.find_spec(cfg.tracker):
+        raise ConfigError(f"--tracker {cfg.tracker}: the package is not here; pip install {cfg.tracker}")
     for name in ("prompts", "save_every", "keep", "micro_tokens", "warm_rows", "judge_concurrency", "eval_prompts"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
@@ -552,17 +555,18 @@ def save_step(run: Run, step: int) -> None:
             shutil.rmtree(old)
 
 
-def resume(run: Run) -> int:
-    """Load the newest checkpoint into the run. Returns its step, -1 if there is none; records after it are dropped."""
+def resume(run: Run) -> int | None:
+    """Load the newest checkpoint, drop what a killed run recorded after it. Returns its step; None without one."""
     folders = sorted((run.out / "checkpoints").glob("step-*"))
-    step = int(folders[-1].name.removeprefix("step-")) if folders else -1
+    step = int(folders[-1].name.removeprefix("step-")) if folders else None
     dist.barrier()
     if folders:
         load(run.policy, run.optimizer, folders[-1])
         copy_weights(run.policy.lm, run.copy)
     if run.rank == 0:
-        for name in ("metrics", "rollouts", "evals", "eval_stories"):
-            rewind(run.out / f"{name}.jsonl", step)
+        last = -1 if step is None else step
+        for name, kept in {"metrics": last, "rollouts": last, "evals": last - 1, "eval_stories": last - 1}.items():
+            rewind(run.out / f"{name}.jsonl", kept)
     return step
 
 
@@ -592,17 +596,26 @@ def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimi
 
 
 def train(run: Run, warm_examples: list[Example]) -> None:
-    """Warm start if there is one, validation, steps, validation; a checkpoint is written after what it must contain."""
+    """Warm start if there is one, then steps; validation before, in between and after.
+
+    A validation comes after the checkpoint of its step, so one that was cut short is simply done again.
+    """
     cfg, out, main = run.cfg, run.out, run.rank == 0
     steps = cfg.steps or len(run.train) // cfg.prompts
-    done = resume(run) if cfg.resume else -1
-    if done < 0:
+    done = resume(run) if cfg.resume else None
+    if done is None:
+        done = 0
         if warm_examples:
             warm_start(run, warm_examples)
-        validate(run, 0, "before")
-        if warm_examples:
             save_step(run, 0)
-        done = 0
+
+    def validation_due(step: int) -> str:
+        if step in (0, steps):
+            return "after" if step else "before"
+        return f"step {step}" if cfg.eval_every and step % cfg.eval_every == 0 else ""
+
+    if label := validation_due(done):
+        validate(run, done, label)
     spent = last_judge_stats(out / "metrics.jsonl") if main else {}
     tracker = open_tracker(cfg, out) if main else None
     bar = tqdm(total=steps, initial=done, desc="steps", disable=not main, dynamic_ncols=True)
@@ -615,19 +628,22 @@ def train(run: Run, warm_examples: list[Example]) -> None:
         stats: list = [None] * run.mesh.size()
         dist.all_gather_object(stats, run.judge.stats())
         if main:
-            metrics["judge"] = {k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
+            bill = metrics["judge"] = {k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
+            bill["dollars_projected"] = bill["dollars"] * steps / step
             for row, advantage in zip(rows, advantages, strict=True):
                 append(out / "rollouts.jsonl", {"step": step, **record(row), "advantage": advantage})
             append(out / "metrics.jsonl", metrics)
             if tracker:
                 tracker(metrics, step)
-            shown = {"reward": "reward_mean", "length error": "length_error", "words": "words"}
-            bar.set_postfix({k: f"{metrics[v]:.2f}" for k, v in shown.items() if metrics[v] is not None})
+            shown = {"reward": "reward_mean", "length error": "length_error", "words": "words", "$": "dollars"}
+            values = {name: (metrics | bill)[key] for name, key in shown.items()}
+            bar.set_postfix({name: f"{value:.2f}" for name, value in values.items() if value})
             bar.update()
-        if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            validate(run, step, "after" if step == steps else f"step {step}")
-        if step == steps or step % cfg.save_every == 0:
+        label = validation_due(step)
+        if label or step % cfg.save_every == 0:
             save_step(run, step)
+        if label:
+            validate(run, step, label)
     bar.close()
 
 
@@ -773,7 +789,8 @@ def run(cfg: Config, out: Path, mesh: DeviceMesh, device: torch.device, examples
     finally:
         client.close()
         if process:
-            process.terminate()
+            process.stdin.close()  # the offline judge ends with it, as it does when this process is killed
+            process.wait()
 
 
 def find_model(name: str) -> Path:
@@ -804,6 +821,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, DataError, JudgeStop) as e:
         if rank == 0:
             print(f"\npolaris: {e}", file=sys.stderr)
+            if isinstance(e, JudgeStop) and (Path(cfg.out) / "config.json").exists():
+                print(f"Nothing is lost: go on with --out {cfg.out} --resume once the judge is back.", file=sys.stderr)
         return 3 if isinstance(e, JudgeStop) else 2
     finally:
         if dist.is_initialized():

@@ -1,7 +1,8 @@
 """Rollouts: text out of a Hugging Face causal language model, near the speed of memory (POLARIS, arXiv 2606.04095).
 
 A decoded token reads every weight once and the cache of every row once, so its floor is bytes / bandwidth. This module
-spends little besides: static tensors, one step that never waits for the host, captured on a GPU as a CUDA graph.
+spends little besides: static tensors, one step that never waits for the host, captured on a GPU as a CUDA graph. It
+takes the place of the release's vLLM, a second framework with names and kernels of its own for every weight.
 
     rows        a prompt and its growing response each; every row has its own position, so nothing is ever padded
     prefill     once per distinct prompt; the state is copied to all rows of its group
@@ -434,10 +435,11 @@ def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
             rows = (rows + 1) // 2
     else:
         rows = alive
-    holes = [i for i in range(rows) if places[i] is None]
+    holes = (i for i in range(rows) if places[i] is None)
     for source in range(rows, len(places)):
         if places[source] is not None:
-            d.move(source, target := holes.pop(0))
+            target = next(holes)
+            d.move(source, target)
             places[target] = places[source]
     return places[:rows]
 
@@ -445,12 +447,11 @@ def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
 def _advance(d: Decoder, places: list[Rollout | None], prompts, limit: int, stop: set[int], progress) -> list[Rollout]:
     """Decode up to the next look; empty the places of the rows that ended, and return those."""
     live = [r for r in places if r is not None]
-    rows = len(places)
+    rows, bucket = len(places), BUCKET[d.device.type]
     steps = min(LOOK[d.device.type], limit - max(len(r.ids) for r in live))
+    filled = max(len(prompts[r.row]) + len(r.ids) for r in live)  # positions that the longest row reads
     for i in range(steps):
-        need = max(len(prompts[r.row]) + len(r.ids) for r in live) + i
-        bucket = BUCKET[d.device.type]
-        d.run(rows, min(-(-need // bucket) * bucket, d.length))
+        d.run(rows, -(-(filled + i) // bucket) * bucket)
     back = torch.arange(1 - steps, 1, device=d.device)
     new = d.ids[:rows].gather(1, d.pos[:rows, None] + back).tolist()  # the only place that waits for the device
     if not d.finite:

@@ -384,12 +384,13 @@ def write_by_transformers(cache, model, prompt, rows, n):
     assert out.shape[1] == len(prompt) + n
 
 
-def decode_table(model, prompt, rows, lengths, peer, repeats, bandwidth):
+def decode_table(model, prompt, rows, lengths, peer, static, repeats, bandwidth):
     """One row per writer and length: the best of several turns, taken in rotation, since other load only adds."""
     device = model.device
     runs = {("rollout.generate", n): write for n in lengths}
     runs["transformers generate", peer] = functools.partial(write_by_transformers, None)
-    runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
+    if static:
+        runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
     times = {key: [] for key in runs}
     for turn in range(repeats + 1):  # in the first turn caches are made, graphs captured, kernels compiled
         for (label, n), run in runs.items():
@@ -420,7 +421,8 @@ def decoding(args):
         model = random_model(label, device)
         size = sum(p.numel() for p in model.parameters())
         kernels = rollout.kernels(model)
-        lines = decode_table(model, list(range(1, args.prompt + 1)), args.rows, lengths, peer, repeats, bandwidth)
+        prompt = list(range(1, args.prompt + 1))
+        lines = decode_table(model, prompt, args.rows, lengths, peer, args.static, repeats, bandwidth)
         print(f"{label}: {size / 1e6:,.2f} M parameters, {args.rows} rows, prompt {args.prompt}; {kernels}\n")
         table(lines)
         results.append({"model": label, "parameters": size, "kernels": kernels, "rows": lines})
@@ -450,6 +452,7 @@ def main():
     command.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     command.add_argument("--tokens", type=int, nargs="+", help="a row; default: 512 2048 8192 on a GPU, 128 on a CPU")
     command.add_argument("--peer-tokens", type=int, help="a row, in transformers' runs; default: at most 256")
+    command.add_argument("--no-static", dest="static", action="store_false", help="skip generate on a static cache")
     command.add_argument("--repeats", type=int, help="turns after the first; default: 2 on a GPU, 7 on a CPU")
     command.set_defaults(run=decoding)
 

@@ -1,4 +1,4 @@
-"""Stories that try to move the judge: each is one attempt to break the fence, the parse or the score. Data for test_judge."""
+"""Stories that try to move the judge, by breaking the fence, the parse or the score. Data for test_judge.py."""
 
 import json
 

@@ -8,8 +8,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU, in numpy
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +20,9 @@ import grpo
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden_grpo.json").read_text())
 quick = settings(max_examples=60, derandomize=True, deadline=None)
-KERNELS = pytest.param("triton", marks=pytest.mark.skipif(grpo.triton is None, reason="no Triton here"))
+INTERPRETED = grpo.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, in numpy
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_kernels_in_the_interpreter")
+KERNELS = pytest.param("triton", marks=in_interpreter)
 
 
 # ----------------------------------------------------------------------------------------- anchor weight and advantages
@@ -224,9 +224,18 @@ def test_parity_with_fp64(backend, seed, n, h, v, temperature, dtype, rows):
                 assert_near(a, b, 1e-2 if dtype == torch.bfloat16 and i > 2 else 1e-5, scale)
 
 
-@pytest.mark.skipif(grpo.triton is None, reason="no Triton here")
+@pytest.mark.skipif(grpo.triton is None or INTERPRETED, reason="no Triton here, or inside already")
+def test_kernels_in_the_interpreter():
+    """All cases marked triton, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton", "-p", "no:cacheprovider"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+
+
+@in_interpreter
 @pytest.mark.parametrize("v", [1, 4095, 4096, 4097, 9001])
-def test_kernels_write_bf16_gradients_over_fp32_logits(v):
+def test_triton_writes_bf16_gradients_over_fp32_logits(v):
     """On a GPU the logits are fp32 and their gradient bf16, in the same bytes; the CPU's GEMMs never ask for that."""
     torch.manual_seed(v)
     logits, targets, coef = 4 * torch.randn(3, v), torch.tensor([0, v - 1, v // 2]), torch.randn(3)
@@ -384,8 +393,8 @@ def test_inputs_that_do_not_fit_are_refused():
         grpo.token_logprobs(hidden, weight, targets + 9)
 
 
-@pytest.mark.skipif(grpo.triton is None, reason="no Triton here")
-def test_a_target_outside_the_vocabulary_is_not_a_number_in_the_kernel():
+@in_interpreter
+def test_triton_makes_a_target_outside_the_vocabulary_not_a_number():
     hidden, weight, targets, _ = problem(0, 5, 4, 9, torch.float32)
     logp, _ = grpo.token_logprobs(hidden, weight, torch.where(targets == targets[2], 9, targets), backend="triton")
     assert torch.equal(logp.isnan(), targets == targets[2])

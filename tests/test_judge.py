@@ -1,4 +1,4 @@
-"""judge.py: parity of the reward with the release, hostile answers, a fault matrix over real sockets, the offline judge."""
+"""judge.py: parity with the release, hostile answers, a fault matrix over real sockets, the offline judge."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,13 @@ from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 
-import judge
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, JudgeStop, VerdictError
 from judge_injections import attempts, perfect_verdict
+
+import judge
+from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, JudgeStop, VerdictError
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
@@ -111,7 +112,9 @@ def test_length_sentence(prompt, words, stripped):
     assert judge.strip_length_sentence(stripped) == stripped
 
 
-SENTENCES = st.lists(st.sampled_from(["A fox ran.", "Why now?", "He paid 3.5 pounds!", "Mr. Holt sat.", "“No.”"]), max_size=4)
+SENTENCES = st.lists(
+    st.sampled_from(["A fox ran.", "Why now?", "He paid 3.5 pounds!", "Mr. Holt sat.", "“No.”"]), max_size=4
+)
 
 
 @given(SENTENCES, st.integers(1, 99999), SENTENCES)
@@ -158,7 +161,9 @@ def test_one_table_makes_prompt_schema_and_score():
 
 def test_release_formats_around_a_verdict():
     totals = '{"positive_total": 70, "negative_total": 20, "bonus_total": 4, "penalty_total": 1, "overall_score": 12}'
-    full = json.dumps(verdict_with(P1=15, P2=20, P5=20, P3=15, N2=20, BONUS=4, PENALTY=1))  # the same totals, by dimension
+    full = json.dumps(
+        verdict_with(P1=15, P2=20, P5=20, P3=15, N2=20, BONUS=4, PENALTY=1)
+    )  # the same totals, by dimension
     readable = 0
     for case in GOLDEN_SQ["parse"]:
         with pytest.raises(VerdictError):
@@ -178,7 +183,7 @@ def test_release_formats_around_a_verdict():
         json.dumps({"evaluation": {"dimensions": json.loads(GOOD)}, "positive_total": 100}),
         f"[{GOOD}]",
         GOOD[:-1] + ", }",
-        GOOD.replace('"score": ', '"score": "').replace("}, ", '",},').replace('}}', '"}}'),  # strings, trailing commas
+        GOOD.replace('"score": ', '"score": "').replace("}, ", '",},').replace("}}", '"}}'),  # strings, trailing commas
         f"{GOOD}\n{GOOD}",
         json.dumps({k: v for k, v in json.loads(GOOD).items() if k not in ("BONUS", "PENALTY")}),
         re.sub(r'"score": (\d+)', r'"score": \1.0', GOOD),
@@ -222,10 +227,11 @@ def test_refused_with_the_reason(change, reason):
     [
         ("", "no verdict"), ("null", "no verdict"), ("The story is good.", "no verdict"), ("[[[[", "no verdict"),
         (GOOD[:-400], "cannot be read"), (GOOD[: len(GOOD) // 3], "cannot be read"),
-        ("{" * 100_000, "cannot be read"), ('{"a":' * 30_000, "cannot be read"), ('{"P1": ' + "[" * 90_000, "cannot be read"),
-        ('{"P1": ' + "9" * 5000 + "}", "cannot be read"), ('{"\\', "cannot be read"), ('{"' + '\\"' * 90_000, "cannot be read"),
+        ("{" * 100_000, "cannot be read"), ('{"a":' * 30_000, "cannot be"), ('{"P1": ' + "[" * 90_000, "cannot be"),
+        ('{"\\', "cannot be read"), ('{"' + '\\"' * 90_000, "cannot be read"),
         (GOOD + json.dumps(verdict_with(P1=15)), "2 different verdicts"),
-        (GOOD.replace('"P2"', '"P1"'), "occurs twice"), (GOOD.replace('"score": ', '"score": 1e999, "x": ', 1), "inf, no"),
+        (GOOD.replace('"P2"', '"P1"'), "occurs twice"),
+        (GOOD.replace('"score": ', '"score": 1e999, "x": ', 1), "inf, no"),
         ("x" * 200_001, "200001 characters"),
     ],
 )  # fmt: skip
@@ -240,7 +246,9 @@ def test_out_of_range_scores_are_clamped():
     wild = {d.key: {"score": (-1) ** i * 10**i} for i, d in enumerate(RUBRIC)}
     verdict = judge.parse_verdict(json.dumps(wild), "")
     for d in RUBRIC:
-        assert verdict.dimensions[d.key]["score"] == (d.max if wild[d.key]["score"] > d.max else max(0, wild[d.key]["score"]))
+        assert verdict.dimensions[d.key]["score"] == (
+            d.max if wild[d.key]["score"] > d.max else max(0, wild[d.key]["score"])
+        )
     assert -1.59 <= verdict.score <= 1.08
 
 
@@ -249,21 +257,59 @@ def test_quotes_are_looked_up():
         verdict = verdict_with()
         for key, (score, quotes) in entries.items():
             verdict[key].update(score=score, quotes=quotes)
-        return judge.parse_verdict(json.dumps(verdict), "“Don’t go,” she said.\nThe sea &amp; the moor lay still.").quote_accuracy
+        return judge.parse_verdict(
+            json.dumps(verdict), "“Don’t go,” she said.\nThe sea &amp; the moor lay still."
+        ).quote_accuracy
 
     assert accuracy() is None
     assert accuracy(P1=(9, ["she said. The sea"])) == 1.0  # punctuation, line breaks and quotation marks may differ
     assert accuracy(P1=(9, ["DON'T GO", "sea & the moor", "she said ... lay still"])) == 1.0
     assert accuracy(P1=(9, ["she said", "the moon lay still"])) == 0.5
-    assert accuracy(P1=(9, ["ea amp th"])) == 0.0  # whole words only
+    assert accuracy(P1=(9, ["ea amp th"])) == accuracy(P1=(9, ["***", "..."])) == 0.0  # whole words only
     assert accuracy(N1=(3, [])) == 0.0  # a negative owes a quote ...
     assert accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None  # ... a positive and a slight bonus do not
     assert accuracy(BONUS=(2, []), N2=(1, ["lay still"])) == 0.5
     assert judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03  # the score counts all the same
 
 
-ODD_VALUES = [None, True, -1, 7, 1e308, math.nan, -math.inf, 10**400, "12", " 5 ", "NaN", "", [], ["a", 1], {}, {"score": 3}]
-SPLICES = ["", "{", "}", '"', ",", "\\", "NaN", "```", "1e999", "\x00", "\ud800", "[", "]", ":", "\\ud800", "-", "e", "\u2028"]
+ODD_VALUES = [
+    None,
+    True,
+    -1,
+    7,
+    1e308,
+    math.nan,
+    -math.inf,
+    10**400,
+    "12",
+    " 5 ",
+    "NaN",
+    "",
+    [],
+    ["a", 1],
+    {},
+    {"score": 3},
+]
+SPLICES = [
+    "",
+    "{",
+    "}",
+    '"',
+    ",",
+    "\\",
+    "NaN",
+    "```",
+    "1e999",
+    "\x00",
+    "\ud800",
+    "[",
+    "]",
+    ":",
+    "\\ud800",
+    "-",
+    "e",
+    "\u2028",
+]
 
 
 @given(st.integers(0, 2**62))
@@ -383,7 +429,7 @@ def flood(connection):
 
 
 class scripted:
-    """A TCP server that gives one request after another the next act of a script (bytes or a function), the last for ever."""
+    """A TCP server that gives each request the next act of a script (bytes or a function), the last one for ever."""
 
     def __init__(self, *script):
         self.script, self.requests, self.lock = list(script), [], threading.Lock()
@@ -427,35 +473,41 @@ def quick(monkeypatch):
     monkeypatch.setattr(judge, "BACKOFF", 0.01)
 
 
-def soon(seconds):
-    """An HTTP date; whole seconds, so it is up to one second earlier."""
-    return formatdate(time.time() + seconds, usegmt=True)
+def too_many_until_a_date(connection):
+    """429 until two seconds from now, in the whole seconds of an HTTP date."""
+    connection.sendall(http(429, "", f"Retry-After: {formatdate(time.time() + 2, usegmt=True)}"))
+
+
+def late(connection):
+    time.sleep(0.3)
+    connection.sendall(answer(GOOD))
 
 
 OK, OFF = GOOD_SCORE, None
+FINE, BODY = answer(GOOD), answer(GOOD).partition(b"\r\n\r\n")[2]
 MATRIX = [  # name, script, score or None, words of the error, retries, tokens in, seconds (at least, at most)
-    ("fine", [answer(GOOD)], OK, "", 0, 1000, (0, 1)),
-    ("reset before the answer", [reset(b""), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
-    ("reset in the head", [reset(answer(GOOD)[:20]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
-    ("reset in the body", [reset(answer(GOOD)[:900]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
-    ("closed in the body", [lambda c: c.sendall(answer(GOOD)[:900]), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("fine", [FINE], OK, "", 0, 1000, (0, 1)),
+    ("reset before the answer", [reset(b""), FINE], OK, "", 1, 1000, (0, 1)),
+    ("reset in the head", [reset(FINE[:20]), FINE], OK, "", 1, 1000, (0, 1)),
+    ("reset in the body", [reset(FINE[:900]), FINE], OK, "", 1, 1000, (0, 1)),
+    ("closed in the body", [lambda c: c.sendall(FINE[:900]), FINE], OK, "", 1, 1000, (0, 1)),
     ("always reset", [reset(b"HTTP/1.1 200")], OFF, "no connection", 2, 0, (0, 1)),
-    ("silent once", [silence, answer(GOOD)], OK, "", 1, 1000, (0.5, 1.5)),
+    ("silent once", [silence, FINE], OK, "", 1, 1000, (0.5, 1.5)),
     ("silent", [silence], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
-    ("dripping head", [drip(answer(GOOD), 0.05)], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
-    ("dripping body", [drip(b"\r\n".join([http(200, b"", length=9999), b"{}" * 999]), 0.02)], OFF, "within", 2, 0, (1.8, 2.6)),
-    ("slow but in time", [drip(answer("{}")[:1], 0.3), answer(GOOD)], OK, "", 1, 1000, (0.3, 1.5)),
-    ("429", [http(429, ""), http(429, ""), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
-    ("429, Retry-After", [http(429, "", "Retry-After: 0.7"), answer(GOOD)], OK, "", 1, 1000, (0.7, 1.3)),
-    ("429, Retry-After date", [lambda c: c.sendall(http(429, "", f"Retry-After: {soon(2)}")), answer(GOOD)], OK, "", 1, 1000, (0.9, 3)),
-    ("429, Retry-After nonsense", [http(429, "", "Retry-After: tomorrow"), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("dripping head", [drip(FINE, 0.05)], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
+    ("dripping body", [drip(http(200, b"{}" * 999, length=9999), 0.02)], OFF, "within 0.6 s", 2, 0, (1.8, 2.6)),
+    ("slow but in time", [late], OK, "", 0, 1000, (0.3, 1.0)),
+    ("429", [http(429, ""), http(429, ""), FINE], OK, "", 2, 1000, (0, 1)),
+    ("429, Retry-After", [http(429, "", "Retry-After: 0.7"), FINE], OK, "", 1, 1000, (0.7, 1.3)),
+    ("429, Retry-After date", [too_many_until_a_date, FINE], OK, "", 1, 1000, (0.9, 3)),
+    ("429, Retry-After nonsense", [http(429, "", "Retry-After: tomorrow"), FINE], OK, "", 1, 1000, (0, 1)),
     ("429 for ever", [http(429, '{"error": {"message": "slow down"}}')], OFF, "HTTP 429: slow down", 2, 0, (0, 1)),
-    ("408, 409", [http(408, ""), http(409, ""), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
-    ("500, 502", [http(500, "oops"), http(502, "<html>"), answer(GOOD)], OK, "", 2, 1000, (0, 1)),
+    ("408, 409", [http(408, ""), http(409, ""), FINE], OK, "", 2, 1000, (0, 1)),
+    ("500, 502", [http(500, "oops"), http(502, "<html>"), FINE], OK, "", 2, 1000, (0, 1)),
     ("503 for ever", [http(503, "<html>\n<b>busy</b></html>")], OFF, "HTTP 503: <html> <b>busy</b>", 2, 0, (0, 1)),
-    ("400", [http(400, '[{"error": {"message": "context too long"}}]')], OFF, "HTTP 400: context too long", 0, 0, (0, 1)),
+    ("400", [http(400, '[{"error": {"message": "context too long"}}]')], OFF, "400: context too long", 0, 0, (0, 1)),
     ("HTML", [http(200, "<html>login</html>", "Content-Type: text/html")], OFF, "text/html: <html>login", 1, 0, (0, 1)),
-    ("HTML once", [http(200, "<html>"), answer(GOOD)], OK, "", 1, 1000, (0, 1)),
+    ("HTML once", [http(200, "<html>"), FINE], OK, "", 1, 1000, (0, 1)),
     ("empty body", [http(200, "")], OFF, "HTTP 200 without JSON (no content type: (empty))", 1, 0, (0, 1)),
     ("204", [b"HTTP/1.1 204 No Content\r\n\r\n"], OFF, "HTTP 204", 0, 0, (0, 1)),
     ("truncated envelope", [http(200, '{"choices": [{"mess')], OFF, "without JSON", 1, 0, (0, 1)),
@@ -465,24 +517,28 @@ MATRIX = [  # name, script, score or None, words of the error, retries, tokens i
     ("null content", [answer(None)], OFF, "empty or unfinished", 1, 2000, (0, 1)),
     ("empty content", [answer("  ")], OFF, "empty or unfinished", 1, 2000, (0, 1)),
     ("content in parts", [answer([{"type": "text", "text": GOOD}])], OK, "", 0, 1000, (0, 1)),
-    ("out of tokens", [answer(GOOD, finish_reason="length")], OFF, "'length'", 1, 2000, (0, 1)),
+    ("out of tokens", [answer(GOOD, finish_reason="length")], OFF, "(length)", 1, 2000, (0, 1)),
     ("truncated verdict", [answer(GOOD[:-99])], OFF, "no verdict", 1, 2000, (0, 1)),
     ("wrong schema", [answer('{"P1": 3}')], OFF, "dimensions missing: P2", 1, 2000, (0, 1)),
-    ("wrong schema once", [answer('{"rating": "good"}'), answer(GOOD)], OK, "", 1, 2000, (0, 1)),
+    ("wrong schema once", [answer('{"rating": "good"}'), FINE], OK, "", 1, 2000, (0, 1)),
     ("out of range", [answer(json.dumps(verdict_with(P1=10**9, N8=-5)))], 0.15, "", 0, 1000, (0, 1)),
     ("NaN", [answer(GOOD.replace('"score": 0', '"score": NaN', 1))], OFF, "NaN is no score", 1, 2000, (0, 1)),
     ("50 MB", [flood], OFF, "more than 4 MiB", 1, 0, (0, 3)),
-    ("wrong content type", [http(200, answer(GOOD).partition(b"\r\n\r\n")[2], "Content-Type: image/png")], OK, "", 0, 1000, (0, 1)),
-    ("redirect", [http(307, "", "Location: http://127.0.0.1:9/v1")], OFF, "redirect to http://127.0.0.1:9/v1", 0, 0, (0, 1)),
+    ("wrong content type", [http(200, BODY, "Content-Type: image/png")], OK, "", 0, 1000, (0, 1)),
+    ("redirect", [http(307, "", "Location: http://127.0.0.1:9/")], OFF, "redirect to http://127.0.0.1:9", 0, 0, (0, 1)),
     ("not HTTP", [b"SSH-2.0-OpenSSH_9\r\n" * 3], OFF, "no connection", 2, 0, (0, 1)),
     ("endless headers", [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500], OFF, "no connection", 2, 0, (0, 1)),
     ("bad length", [b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}"], OFF, "no connection", 2, 0, (0, 1)),
     ("bad gzip", [http(200, "plain", "Content-Encoding: gzip")], OFF, "no connection", 2, 0, (0, 1)),
-    ("surrogates", [http(200, answer(GOOD).partition(b"\r\n\r\n")[2].replace(b"prose", b"\\ud800"))], OK, "", 0, 1000, (0, 1)),
+    ("surrogates", [http(200, BODY.replace(b"prose", b"\\ud800"))], OK, "", 0, 1000, (0, 1)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "score", "words", "retries", "tokens", "seconds"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX])
+@pytest.mark.parametrize(
+    ("script", "score", "words", "retries", "tokens", "seconds"),
+    [row[1:] for row in MATRIX],
+    ids=[row[0] for row in MATRIX],
+)
 def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
     with scripted(*script) as server, client(server.url, price_in=2.0, price_out=10.0) as judging:
         begin = time.monotonic()
@@ -492,10 +548,28 @@ def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
     assert verdict.score == score and words in verdict.error and bool(verdict.error) == (score is None)
     assert seconds[0] <= spent <= seconds[1] + 0.5
     assert (stats["calls"], stats["retries"], stats["failures"], stats["cached"]) == (1, retries, score is None, 0)
-    assert (stats["tokens_in"], stats["tokens_out"]) == (tokens, tokens // 10) == (verdict.tokens_in, verdict.tokens_out)
+    assert (
+        (stats["tokens_in"], stats["tokens_out"]) == (tokens, tokens // 10) == (verdict.tokens_in, verdict.tokens_out)
+    )
     assert stats["dollars"] == pytest.approx(tokens * 2e-6 + tokens // 10 * 1e-5)
     assert len(server.requests) == retries + 1
     assert KEY not in verdict.error + verdict.raw
+
+
+def test_ask_is_the_same_transport_for_any_chat(quick):
+    messages = [{"role": "user", "content": "Name a fox."}]
+    with scripted(http(500, ""), answer("Rufus")) as server, client(server.url) as judging:
+        assert judging.ask(messages) == ("Rufus", (1000, 100))
+        assert json.loads(server.requests[0].partition(b"\r\n\r\n")[2])["messages"] == messages
+
+        def refuse(text):
+            raise VerdictError(f"{text} is no fox")
+
+        with pytest.raises(judge.CallFailed, match="Rufus is no fox") as caught:
+            judging.ask(messages, parse=refuse)
+        assert (caught.value.kind, caught.value.raw, caught.value.usage) == ("unusable", "Rufus", (2000, 200))
+        stats = judging.stats()
+        assert (stats["calls"], stats["retries"], stats["failures"], stats["tokens_in"]) == (2, 2, 1, 3000)
 
 
 def test_nobody_listens(quick):
@@ -539,12 +613,12 @@ def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick
     with scripted(silence) as server, client(server.url, timeout=0.4) as judging:
         for future in [judging.submit("p", str(i)) for i in range(8)]:  # four at once: their first time-outs are enough
             with pytest.raises(JudgeStop):
-                future.result(timeout=1)
+                future.result(timeout=3)
     monkeypatch.setattr(judge, "BACKOFF", 0.0)
     monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.0)
-    pattern = [http(500, ""), http(429, ""), http(503, ""), reset(b"")] * 30
+    pattern = [reset(b""), reset(b""), reset(b""), http(503, "")] * 30
     with scripted(*pattern, answer(GOOD)) as server, client(server.url, concurrency=1, retries=200) as judging:
-        assert judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE  # a 429 is a sign of life
+        assert judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE  # a 503 is a sign of life
 
 
 def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_path):
@@ -587,13 +661,13 @@ class counting:
 
 
 def test_forty_stories_overlap_up_to_the_concurrency():
-    act = counting(0.5)
+    act = counting(0.8)
     with scripted(act) as server, client(server.url, concurrency=16, timeout=10) as judging:
         begin = time.monotonic()
         verdicts = [future.result() for future in [judging.submit("p", str(i)) for i in range(40)]]
         seconds = time.monotonic() - begin
     assert act.most == 16 and all(v.score == GOOD_SCORE for v in verdicts)
-    assert seconds <= 3 * 0.5 * 1.15
+    assert seconds <= 3 * 0.8 * 1.15
 
 
 def test_requests_per_minute():
@@ -601,7 +675,7 @@ def test_requests_per_minute():
         begin = time.monotonic()
         for future in [judging.submit("p", str(i)) for i in range(11)]:
             future.result()
-        assert 0.5 <= time.monotonic() - begin < 1.0  # ten gaps of 50 ms
+        assert 0.5 <= time.monotonic() - begin < 2.0  # ten gaps of 50 ms
 
 
 def test_connections_are_reused():
@@ -642,7 +716,9 @@ def test_nothing_is_paid_twice(quick, tmp_path):
     script = [answer("{}"), answer("{}"), answer(GOOD)]
     with scripted(*script) as server:
         with client(server.url, cache=cache) as judging:
-            assert judging.submit("Write. It should be 90 words long.", "s").result().score is None  # failures are not kept
+            assert (
+                judging.submit("Write. It should be 90 words long.", "s").result().score is None
+            )  # failures are not kept
             first = judging.submit("Write. It should be 90 words long.", "s").result()
         with client(server.url, cache=cache) as judging:
             again = judging.submit("Write. It should be 1,200 words long.", "s").result()  # the judge sees the same
@@ -690,7 +766,13 @@ def test_a_cache_that_cannot_be_used_is_named(tmp_path):
 
 def test_keys(monkeypatch):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    for url in ("http://localhost:8000/v1", "http://127.0.0.1:1/v1", "http://10.0.0.7/v1", "http://[::1]:80/v1", "http://gpu7/v1"):
+    for url in (
+        "http://localhost:8000/v1",
+        "http://127.0.0.1:1/v1",
+        "http://10.0.0.7/v1",
+        "http://[::1]:80/v1",
+        "http://gpu7/v1",
+    ):
         assert judge.api_key("JUDGE_API_KEY", url) is None
     for url in ("https://api.openai.com/v1", "https://8.8.8.8/v1"):
         with pytest.raises(JudgeStop, match="export JUDGE_API_KEY"):
@@ -750,7 +832,9 @@ def test_the_offline_judge_orders_drafts():
     assert sq(TALE) > sq(shuffled) + 0.3 > sq(letters) + 0.3
     assert sq(letters) < -0.2 and sq("") < -0.5 and sq("?!… — ...") < -0.5
     assert sq(TALE[: len(TALE) * 2 // 3]) < sq(TALE) - 0.05
-    assert sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man")) < sq(TALE) - 0.1  # off the prompt
+    assert (
+        sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man")) < sq(TALE) - 0.1
+    )  # off the prompt
     assert sq(TALE.lower().replace(".", "")) < sq(TALE) - 0.15
     assert sq(TALE.replace('"', "", 1)) < sq(TALE) - 0.03  # an unpaired quotation mark
     assert sq(f"{TALE} {TALE}") < sq(TALE) - 0.3
@@ -769,7 +853,15 @@ def test_the_offline_judge_does_not_pay_for_length():
 
 def test_the_offline_judge_is_linear_in_hostile_text():
     begin = time.monotonic()
-    for text in ("!" * 50_000 + "z", '."' * 50_000 + "x", "\n " * 50_000, "a" * 200_000, "“" * 50_000, "&" * 50_000, "." * 99_999):
+    for text in (
+        "!" * 50_000 + "z",
+        '."' * 50_000 + "x",
+        "\n " * 50_000,
+        "a" * 200_000,
+        "“" * 50_000,
+        "&" * 50_000,
+        "." * 99_999,
+    ):
         judge.offline_verdict(PROMPT, "A fox. " + text + " b")
         judge.reward(0.0, text, 100, 10, 0, True)
         judge.parse_verdict(GOOD, text)
@@ -795,7 +887,9 @@ def test_serve_with_the_openai_client():
         messages = judge.judge_messages(PROMPT, TALE, "m4rk")
         reply = api.chat.completions.create(model="offline", messages=messages, response_format={"type": "json_object"})
         assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE)
-        assert reply.usage.prompt_tokens > 1000 and reply.choices[0].finish_reason == "stop" and reply.model == "offline"
+        assert (
+            reply.usage.prompt_tokens > 1000 and reply.choices[0].finish_reason == "stop" and reply.model == "offline"
+        )
         parts = [{"role": "user", "content": [{"type": "text", "text": TALE}]}]  # a story on its own, in parts
         reply = api.chat.completions.create(model="offline", messages=parts)
         assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE, "")
@@ -809,8 +903,12 @@ def test_serve_with_the_openai_client():
 
 
 def test_the_server_goes_with_a_killed_parent():
-    code = "import judge, os, sys; p, url = judge.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(judge.__file__).parent, capture_output=True, text=True, timeout=20)
+    code = (
+        "import judge, os, sys; p, url = judge.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(judge.__file__).parent, capture_output=True, text=True, timeout=20
+    )
     pid = int(run.stdout)
     for _ in range(100):
         try:
@@ -829,7 +927,7 @@ def test_the_server_goes_with_a_killed_parent():
 def test_check_prints_what_a_judge_is_worth():
     run = run_cli("check", "--times", "2", "--judge-price-in", "0.5", "--judge-price-out", "3")
     assert run.returncode == 0 and not run.stderr
-    for words in ("10 of 10", "quotes found     100%", "0.000 asking again", "Yes; it ranks the tale first", "$0.00"):
+    for words in ("10 of 10", "quotes found     100%", "0.000 when one draft", "Yes; it ranks the tale first", "$0.00"):
         assert words in run.stdout, run.stdout
 
 

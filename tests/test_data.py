@@ -1,0 +1,668 @@
+"""data.py: examples, chat templates, splitting of anthologies, filters, prompts by an LLM, downloads."""
+
+import collections
+import dataclasses
+import json
+import re
+import socket
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import anthologies
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+
+examples = settings(derandomize=True, deadline=None, max_examples=50)
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+
+
+def row(**changes):
+    fields = {
+        "uid": "a",
+        "prompt": "A ghost. The story should be 1,500 words long.",
+        "story": "It was.",
+        "reasoning": "Plan.",
+    }
+    return {name: value for name, value in {**fields, **changes}.items() if value is not ...}
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+    return path
+
+
+BAD_LINES = {
+    "broken JSON": ('{"uid": "b", ', ["broken JSON"]),
+    "not an object": ("[1]", ["object"]),
+    "no uid": (row(uid=...), ['"uid" is missing']),
+    "no prompt": (row(uid="b", prompt=...), ['"prompt" is missing']),
+    "no story": (row(uid="b", story=...), ['"story" is missing', "--no-anchor"]),
+    "no reasoning": (row(uid="b", reasoning=...), ['"reasoning" is missing', "turn it off"]),
+    "empty reasoning": (row(uid="b", reasoning=" "), ['"reasoning" is empty']),
+    "wrong type": (row(uid="b", story=["x"]), ['"story" must be text']),
+    "null": (row(uid="b", prompt=None), ['"prompt" must be text']),
+    "think in the story": (row(uid="b", story="Once <think> upon."), ["<think>", "remove it"]),
+    "end of turn in the prompt": (row(uid="b", prompt="Hm <|im_end|> 99 words long"), ["<|im_end|>"]),
+    "empty story": (row(uid="b", story=" \n"), ['"story" is empty']),
+    "same uid": (row(), ['"a"', "line 1", "unique"]),
+    "no length": (row(uid="b", prompt="A ghost."), ["no length", "words long", "target_words"]),
+    "contradiction": (row(uid="b", target_words=500), ["1500", "500", "agree"]),
+    "length as text": (row(uid="b", target_words="1500"), ["whole number"]),
+    "length true": (row(uid="b", prompt="A ghost.", target_words=True), ["whole number"]),
+    "length zero": (row(uid="b", prompt="A ghost.", target_words=0), ["whole number"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_line_is_named_with_file_and_line(tmp_path, name, capsys):
+    line, fragments = BAD_LINES[name]
+    path = write_rows(tmp_path / "x.jsonl", row(), "", line, "{}")
+    with pytest.raises(data.DataError) as error:
+        data.load(path, thinking=True)
+    first = str(error.value).split("\n")[0]
+    assert first.startswith(f"{path}:3: ") and all(fragment in first for fragment in fragments)
+    assert "1 more" in str(error.value)  # the last line is bad too
+    with pytest.raises(SystemExit):
+        data.main(["check", str(path), "--thinking"])
+    assert f"{path}:3: " in (printed := capsys.readouterr().out) and f"{path}:4: " in printed
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin").write_bytes(b'{"uid": "caf\xe9"}')
+    (tmp_path / "empty").write_text("\n")
+    for name, message in (
+        ("missing", "cannot be read"),
+        ("", "cannot be read"),
+        ("latin", ":1: not UTF-8"),
+        ("empty", "no example"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            data.load(tmp_path / name)
+
+
+def test_load(tmp_path):
+    path = write_rows(
+        tmp_path / "x.jsonl", row(), row(uid="b", prompt="A ghost.", target_words=700, story=...), row(uid="c")
+    )
+    assert [e.target_words for e in data.load(path, anchors=False)] == [1500, 700, 1500]
+    with pytest.raises(data.DataError, match=":2:.*story"):
+        data.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(source="x")).encode())  # a byte order mark is no content
+    assert data.load(path, thinking=True) == [data.Example("a", row()["prompt"], 1500, "It was.", "Plan.", "x")]
+
+
+def make(n):
+    return [data.Example(f"e{i}", "p", 100) for i in range(n)]
+
+
+@examples
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 9))
+def test_every_epoch_sees_every_example_once(total, n, seed):
+    items = make(total)
+    steps = [data.step_examples(items, seed, s, n) for s in range(1, 3 * total // n + 2)]
+    seen = [e for chosen in steps for e in chosen]
+    assert all(len(chosen) == n for chosen in steps)
+    for epoch in range(len(seen) // total):
+        assert {e.uid for e in seen[epoch * total : (epoch + 1) * total]} == {e.uid for e in items}
+    assert data.step_examples(items[::-1], seed, 1, n) == steps[0]  # the order of the file does not matter
+
+
+def test_order_of_examples_is_fixed_for_good_and_fresh_each_epoch():
+    items = make(8)
+    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == ["e4", "e0", "e1", "e3", "e6", "e5", "e7", "e2"]
+    orders = {tuple(e.uid for e in data.step_examples(items, seed, step, 8)) for seed in (1, 2) for step in (1, 2, 3)}
+    assert len(orders) == 6
+
+
+# ------------------------------------------------------------------------------------------------------- chat template
+
+TURNS = """{%- for m in messages %}
+{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}
+{%- if m.reasoning_content is defined %}{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
+{%- elif EMPTY %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{- m.content + '<|im_end|>\\n' }}
+{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"""
+TEMPLATES = {  # what follows in the generation prompt, with thinking on and off
+    "opens": TURNS + "{%- if enable_thinking %}{{- '<think>\\n' }}{%- else %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+    "does not open": TURNS + "{%- if not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+    "never thinks": TURNS + "{%- endif %}",
+    "always opens": TURNS + "{{- '<think>\\n' }}{%- endif %}",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def tokenizer(request):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = ["".join(t[0]) for t in anthologies.TITLES] + [anthologies.anthology("capitals")[0]]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    bpe.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    result = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
+    empty = "true" if request.param in ("opens", "does not open") else "false"
+    result.chat_template, result.kind = TEMPLATES[request.param].replace("EMPTY", empty), request.param
+    return result
+
+
+EXAMPLE = data.Example("a", "Write about a lamp.", 100, "\nThe lamp\n\nwas out.\n", " First a lamp.\nThen none. ")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_anchor_is_what_the_template_writes(tokenizer, thinking):
+    if tokenizer.kind == "always opens" and not thinking:
+        with pytest.raises(data.DataError, match="turn thinking on"):
+            data.encode_anchor(tokenizer, EXAMPLE, thinking, 500)
+        return
+    prompt = data.encode_prompt(tokenizer, EXAMPLE.prompt, thinking)
+    response = data.encode_anchor(tokenizer, EXAMPLE, thinking, 500)
+    answer = {"role": "assistant", "content": EXAMPLE.story.strip()}
+    answer |= {"reasoning_content": EXAMPLE.reasoning.strip()} if thinking else {}
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": EXAMPLE.prompt}, answer], tokenize=False, enable_thinking=thinking
+    )
+    text = tokenizer.decode(prompt + response)
+    assert text + "\n" == whole
+    assert text.count("<think>") == text.count("</think>") == (thinking or tokenizer.kind in ("opens", "does not open"))
+    assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
+    if thinking:
+        assert "\n</think>\n\nThe lamp" in text
+    # the policy's own text splits back into the same two parts
+    parts = data.split_response(tokenizer.decode(response[:-1]), thinking)
+    assert parts == (EXAMPLE.reasoning.strip() if thinking else "", EXAMPLE.story.strip())
+    assert data.encode_anchor(tokenizer, EXAMPLE, thinking, len(response)) == response
+    assert data.encode_anchor(tokenizer, EXAMPLE, thinking, len(response) - 1) is None
+
+
+def test_anchor_without_reasoning_cannot_think(tokenizer):
+    with pytest.raises(data.DataError, match="reasoning"):
+        data.encode_anchor(tokenizer, dataclasses.replace(EXAMPLE, reasoning=""), True, 500)
+
+
+def test_check_counts_tokens(tokenizer, tmp_path, capsys):
+    if tokenizer.kind == "opens":
+        tokenizer.save_pretrained(tmp_path / "tok")
+        path = write_rows(tmp_path / "x.jsonl", row(), row(uid="b", story="word " * 400))
+        data.main(["check", str(path), "--thinking", "--tokenizer", str(tmp_path / "tok"), "--max-response", "300"])
+        assert "50.0% fit 300" in (printed := capsys.readouterr().out) and "2 good examples, 0 bad lines" in printed
+
+
+def test_split_response():
+    assert data.split_response("plan\n</think>\n\nOnce.\n", True) == ("plan", "Once.")
+    assert data.split_response("<think>\nplan\n</think>\n\nOnce.", True) == ("plan", "Once.")
+    assert data.split_response("still thinking", True) == ("still thinking", "")
+    assert data.split_response(" Once </think>. ", False) == ("", "Once </think>.")
+
+
+# ----------------------------------------------------------------------------------------------------------- splitting
+
+
+def found(text):
+    return [(data.key(s.title), s.text) for s in data.split_book(text)[1]]
+
+
+def truth_of(truth):
+    return [(data.key(title), "\n\n".join(parts)) for title, parts in truth]
+
+
+@pytest.mark.parametrize("style", anthologies.STYLES)
+def test_every_heading_style_is_split_exactly(style):
+    for seed in range(3):
+        text, truth = anthologies.anthology(style, seed)
+        assert found(text) == truth_of(truth)
+
+
+@examples
+@given(st.integers(0, 99), st.sampled_from(list(anthologies.STYLES)), st.integers(48, 100))
+def test_wrapping_does_not_matter(seed, style, width):
+    text, truth = anthologies.anthology(style, seed, width)
+    assert found(text) == truth_of(truth)
+
+
+def around(head="", tail=""):
+    return lambda parts, width: head + anthologies.body(parts, width) + tail
+
+
+POEM = "\n".join(f"     {line}" for line in anthologies.VERSE)
+NOT_PROSE = {
+    "epigraph": around(f"{POEM}\n                    --_Old Song._\n\n\n"),
+    "prose epigraph": around('    "Who is the happy man?"\n\n                 Munichandra.\n\n\n'),
+    "byline and source": around("BY ANN AUTHOR\n\n[From _Tales of the Times_ (1839), by Ann Author.]\n\n"),
+    "first section": around("\nI\n\n\n"),
+    "illustration": around("[Illustration: A lamp,\nand a man [in black] beside it.]\n\n"),
+    "footnote block": around("[Footnote: Copyright, 1891, by MACMILLAN\n& CO.]\n\n\n"),
+    "dedication": around("TO MARGARET\n\n"),
+    "notes at the end": around(tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."),
+    "next volume": around(
+        tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n      Translated by\n      A. B. Clark and Others"
+    ),
+    "the end": around(tail="\n\n\nTHE END\n\n* * * * *\n\nPrinted by BLACK & CO.\nEdinburgh"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PROSE)
+@pytest.mark.parametrize("style", ["capitals", "no list, capitals"])
+def test_what_is_no_prose_goes(name, style):
+    text, truth = anthologies.anthology(style, decorate=NOT_PROSE[name])
+    assert found(text) == truth_of(truth)
+
+
+def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised():
+    def decorate(parts, width):
+        pieces = [
+            "I",
+            anthologies.body(parts, width),
+            "II",
+            "* * * * *",
+            "“It’s _her_ lamp,”[1] he said--and stopped.*",
+            POEM,
+        ]
+        return "\n\n\n".join([*pieces, "CHAPTER III\nTHE THIRD", "[1] A note.", anthologies.fill("He went. " * 30)])
+
+    for style in ("capitals", "no list, capitals"):
+        text, truth = anthologies.anthology(style, decorate=decorate)
+        verse = "\n".join(anthologies.VERSE)
+        end = [
+            "II",
+            "***",
+            '"It\'s her lamp," he said\u2014and stopped.',
+            verse,
+            "CHAPTER III THE THIRD",
+            ("He went. " * 30).strip(),
+        ]
+        assert found(text) == [(title, "\n\n".join([body, *end])) for title, body in truth_of(truth)]
+
+
+def test_front_and_back_matter_is_no_story():
+    front = (
+        "\n\n\nPREFACE\n\n\n" + anthologies.body(anthologies.paragraphs(__import__("random").Random(5), 300)) + "\n\n\n"
+    )
+    text, truth = anthologies.anthology("capitals", front=front)
+    text = text.replace("CONTENTS\n\n", "CONTENTS\n\n     Preface\n").replace(
+        "\n\n\n\nEnd of the Project",
+        "\n\n\nAPPENDIX\n\n" + "\n\n".join(f"{t}\n\n  Note on it." for t, _ in truth) + "\n\nEnd of the Project",
+    )
+    assert found(text) == truth_of(truth)
+
+
+def test_chapters_that_a_list_names_belong_to_their_story():
+    text, truth = anthologies.anthology("capitals", words=800)
+    name, parts = truth[2]
+    half, upper = len(parts) // 2, name.upper()
+    text = text.replace(f"     {name}\n", f"     {name}:\n          I. The Road\n         II. The Inn\n")
+    split = f"{upper}\n\n\nI.\n\nTHE ROAD\n\n\n{anthologies.body(parts[:half])}\n\n\n\nII.\n\nTHE INN\n\n\n{anthologies.body(parts[half:])}"
+    text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
+    stories = found(text)
+    assert [title for title, _ in stories] == [title for title, _ in truth_of(truth)]
+    assert stories[2][1] == "\n\n".join([*parts[:half], "II.", "THE INN", *parts[half:]])
+
+
+def test_no_gutenberg_text_survives_any_marker_spelling():
+    text, truth = anthologies.anthology("capitals")
+    for start, end in (
+        ("***START OF THE PROJECT GUTENBERG EBOOK X***", "***END OF THE PROJECT GUTENBERG EBOOK X***"),
+        ("*** START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE ***", "End of Project Gutenberg's X, by Y"),
+        ("*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*", "End of the Project Gutenberg Etext of X"),
+    ):
+        new = re.sub(r"\*\*\* START.*", start, text)
+        new = re.sub(r"End of the Project(?:.|\n)*", f"{end}\n\nGutenberg licence text\n", new)
+        assert found(new) == truth_of(truth)
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def build(tmp_path, *arguments, name="train.jsonl"):
+    data.main(
+        ["build", *map(str, arguments), "--out", str(tmp_path / name), "--min-words", "300", "--max-words", "600"]
+    )
+    return data.load(tmp_path / name)
+
+
+@pytest.fixture
+def books(tmp_path):
+    paths = []
+    for i, style in enumerate(["capitals", "dot leaders", "no list, numbered", "italics"]):
+        paths.append(tmp_path / f"book{i}.txt")
+        text, _ = anthologies.anthology(style, seed=i, title=f"Volume {i}", author=f"Author {'ABCA'[i]}")
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def test_build_writes_examples_a_card_and_the_same_bytes_again(tmp_path, books, capsys):
+    first = build(tmp_path, *books, "--show")
+    assert len(first) == 24 and len({e.uid for e in first}) == 24
+    for e in first:
+        assert abs(e.target_words / len(e.story.split()) - 1) < 0.06 and e.target_words % 10 == 0
+        assert e.prompt.endswith(f"The story should be {e.target_words} words long.") and "template" in e.source
+    assert "Three Black Hens" in first[4].prompt
+    printed = capsys.readouterr()
+    assert "Volume 2" in printed.out + printed.err and "24 stories kept" in printed.out
+    card = (tmp_path / "train.card.md").read_text("utf-8")
+    assert "| book1.txt | Volume 1 | Author B | 6 | 6 |" in card and "public domain" in card
+    before = (tmp_path / "train.jsonl").read_bytes(), card
+    build(tmp_path, *books)
+    assert before == ((tmp_path / "train.jsonl").read_bytes(), (tmp_path / "train.card.md").read_text("utf-8"))
+
+
+def test_near_duplicates_across_books_go(tmp_path, books, capsys):
+    text, truth = anthologies.anthology("byline", seed=1, width=60, title="Another", author="Various")
+    words = text.split("A DEBT OF HONOUR")[-1]
+    text = text.replace(
+        words, words.replace("rain", "snow").replace("lantern", "candle")
+    )  # an edition with other words
+    (tmp_path / "other.txt").write_text(text, encoding="utf-8")
+    kept = build(tmp_path, *books, tmp_path / "other.txt")
+    assert len(kept) == 24 and not any("other.txt" in e.source for e in kept)
+    assert "6 near-duplicate" in capsys.readouterr().out
+
+
+def test_split_by_author_with_length_buckets(tmp_path, books):
+    train = build(tmp_path, *books, "--test", tmp_path / "test.jsonl", "--test-share", "0.3")
+    test = data.load(tmp_path / "test.jsonl", anchors=False)
+    authors = [{e.source.split(" | ")[1] for e in part} for part in (train, test)]
+    assert not authors[0] & authors[1] and len(train) + len(test) == 24 and len(test) == 6
+    assert [sum(low <= e.target_words < high for e in test) for low, high in data.BUCKETS] == [1] * 6
+    assert all(not e.story and e.prompt.endswith(f"{e.target_words} words long.") for e in test)
+
+
+def test_kinds_that_are_no_stories(tmp_path):
+    def kind(text, **fields):
+        return data.kind_of(data.Story("Title", "", text, 1), fields)
+
+    prose = "\n\n".join(anthologies.stories(0)[0][1])
+    assert kind(prose) == ""
+    assert kind(prose, language="French") == "not English"
+    assert kind("Es war einmal ein alter Mann, der hatte drei Kinder und ein Pferd. " * 30) == "not English"
+    assert kind("\n\n".join(["\n".join(anthologies.VERSE)] * 20)) == "verse"
+    assert kind("\n\n".join(["PETER: And where was he?", "ANN (aside): He was there, and I saw it."] * 20)) == "play"
+    assert (
+        kind("The weight of the ant is to that of the stone as one is to two; such is the law of it. " * 30)
+        == "essay or sketch"
+    )
+    assert kind("The 1901 27 15 33 and 1902 28 16 34 of it. " * 30) == "list or table"
+    assert data.kind_of(data.Story("JANE DOE: A Study", "", prose, 1), {"author": "Jane Doe"}) == "about the author"
+
+
+def novel():
+    chapters = [
+        f"\n\n\nCHAPTER {n}\n\n\n{anthologies.body(p)}"
+        for n, (_, p) in zip(anthologies.ROMAN, anthologies.stories(3), strict=False)
+    ]
+    return anthologies.HEADER.format(title="One", author="A", upper="ONE") + "".join(chapters)
+
+
+def poems():
+    text, _ = anthologies.anthology("capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 30))
+    return text
+
+
+BAD_BOOKS = {
+    "empty": (b"", "is empty"),
+    "binary": (b"\x7fELF\0\0\1" * 99, "binary"),
+    "encoding": ("Stories\n\nCaf\xe9 stories\n".encode("latin-1"), r"book.txt:3: not UTF-8.*iconv"),
+    "broken EPUB": (None, "no EPUB"),
+    "novel": (novel().encode(), "one single work"),
+    "poems": (poems().encode(), "6 verse"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BOOKS)
+def test_bad_books_get_a_clear_message(tmp_path, name):
+    content, message = BAD_BOOKS[name]
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "book.txt", "w") as book:
+            book.writestr("page.xhtml", "<p>Once.</p>")
+    else:
+        (tmp_path / "book.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        build(tmp_path, tmp_path / "book.txt")
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_folder_missing_file_and_one_bad_book_among_good(tmp_path, books, capsys):
+    with pytest.raises(SystemExit, match=r"is a folder; give its files"):
+        build(tmp_path, tmp_path)
+    with pytest.raises(SystemExit, match="cannot be read"):
+        build(tmp_path, tmp_path / "none.txt")
+    (tmp_path / "bad.txt").write_bytes(b"\0")
+    assert len(build(tmp_path, tmp_path / "bad.txt", *books)) == 24
+    assert "bad.txt: holds binary data" in capsys.readouterr().err
+    assert "bad.txt: holds binary data" in (tmp_path / "train.card.md").read_text("utf-8")
+
+
+def test_old_encodings_that_say_so_are_read(tmp_path):
+    text, truth = anthologies.anthology("capitals")
+    text = text.replace("Language: English", "Character set encoding: ISO-8859-1").replace(
+        "the widow", "the fianc\xe9e"
+    )
+    (tmp_path / "old.txt").write_bytes(text.replace("\n", "\r\n").encode("latin-1"))
+    stories = build(tmp_path, tmp_path / "old.txt")
+    assert len(stories) == 6 and "fianc\xe9e" in stories[0].story + stories[1].story and "\r" not in stories[0].story
+
+
+def test_epub(tmp_path):
+    truth = anthologies.stories(9)
+    page = "<html><head><title>x</title></head><body>{}</body></html>"
+    contents = page.format("<h2>Contents</h2>" + "".join(f"<p><a href='#'>{t}</a></p>" for t, _ in truth))
+    with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
+        book.writestr(
+            "META-INF/container.xml", '<container><rootfiles><rootfile full-path="O/p.opf"/></rootfiles></container>'
+        )
+        ids = ["c", *(f"s{i}" for i in range(len(truth)))]
+        items = "".join(f'<item id="{i}" href="{i}%20x.xhtml"/>' for i in ids)
+        spine = "".join(f'<itemref idref="{i}"/>' for i in ids)
+        book.writestr(
+            "O/p.opf",
+            '<package xmlns="http://www.idpf.org/2007/opf"><metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
+            "<dc:title>Night &amp; Day</dc:title><dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language></metadata>"
+            f"<manifest>{items}</manifest><spine>{spine}</spine></package>",
+        )
+        book.writestr("O/c x.xhtml", contents)
+        for i, (title, parts) in enumerate(truth):
+            body = f"<h2>{title}</h2>" + "".join(f"<p>{p.replace('widow', '<i>widow</i>')}</p>" for p in parts)
+            book.writestr(f"O/s{i} x.xhtml", page.format(body))
+    kept = build(tmp_path, tmp_path / "book.epub")
+    assert [e.story for e in kept] == ["\n\n".join(parts) for _, parts in truth]
+    assert kept[0].source.startswith("Night & Day | Jane Doe | book.epub:")
+
+
+def test_prompts_only(tmp_path):
+    chat = {"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "A fox. 2,000 words long."}]}
+    for text in (json.dumps([chat, row()]), "\n".join(map(json.dumps, [chat, row()]))):
+        (tmp_path / "p.json").write_text(text)
+        data.main(["build", str(tmp_path / "p.json"), "--prompts-only", "--out", str(tmp_path / "o.jsonl")])
+        assert [e.target_words for e in data.load(tmp_path / "o.jsonl", anchors=False)] == [2000, 1500]
+    for bad, message in (('{"x": 1}', "row 1 has no"), ('{"prompt": "A fox."}', "no length"), ("{", "broken JSON")):
+        (tmp_path / "p.json").write_text(bad)
+        with pytest.raises(SystemExit, match=message):
+            data.main(["build", str(tmp_path / "p.json"), "--prompts-only", "--out", str(tmp_path / "o.jsonl")])
+
+
+# ------------------------------------------------------------------------------------------------------- local servers
+
+
+def serve(handler):
+    """A server on 127.0.0.1 whose do_POST/do_GET is handler(path, body) -> (status, headers, body)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, headers, answer = handler(self.path, body)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_address[1]}"
+
+
+class FakeLLM:
+    """Answers assignments and plans; `faults` failures first; each kind of bad answer once per story."""
+
+    def __init__(self, faults=0, bad=(), stop_after=10**9):
+        self.faults, self.bad, self.stop_after, self.paid, self.lock = faults, bad, stop_after, [], threading.Lock()
+
+    def __call__(self, path, body):
+        messages = json.loads(body)["messages"]
+        with self.lock:
+            if self.faults > 0:
+                self.faults -= 1
+                return 503, {}, b"{}"
+            if len(self.paid) >= self.stop_after:
+                return 401, {}, b'{"error": {"message": "credit is used up"}}'
+            self.paid.append(json.dumps(messages))
+        plan, tries = "ASSIGNMENT" in messages[0]["content"], len(messages) // 2
+        if tries < len(self.bad):
+            answer = self.bad[tries](messages[0]["content"])
+        elif plan:
+            answer = " ".join(f"First I think of scene {i} and of what it must change for them." for i in range(12))
+        else:
+            answer = "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must decide whom they trust."
+        usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+        reply = {
+            "choices": [{"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
+            "usage": usage,
+        }
+        return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
+
+
+def llm_build(tmp_path, books, llm, *arguments, name="train.jsonl"):
+    server, url = serve(llm)
+    try:
+        llm_arguments = [
+            "--prompts",
+            "llm",
+            "--llm-url",
+            f"{url}/v1",
+            "--llm-model",
+            "m",
+            "--price-in",
+            "1",
+            "--llm-concurrency",
+            "3",
+        ]
+        build(tmp_path, *books, *llm_arguments, *arguments, name=name)
+    finally:
+        server.shutdown()
+        server.server_close()
+    return data.load(tmp_path / name, thinking=True)
+
+
+def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(tmp_path, books, capsys):
+    whole = FakeLLM(faults=3)
+    made = llm_build(tmp_path, books[:2], whole, name="whole.jsonl")
+    assert len(made) == 12 and len(whole.paid) == len(set(whole.paid)) == 24
+    assert all(e.prompt.endswith(f" The story should be {e.target_words} words long.") for e in made)
+    assert "24 calls" in (printed := capsys.readouterr().out) and "$0.02" in printed and "by m" in made[0].source
+
+    cut = FakeLLM(stop_after=11)
+    with pytest.raises(SystemExit, match="credit is used up"):
+        llm_build(tmp_path, books[:2], cut)
+    assert not (tmp_path / "train.jsonl").exists()
+    with (tmp_path / "train.jsonl.llm").open("a") as file:
+        file.write('\n{"key": "half a li')  # as a kill leaves it
+    rest = FakeLLM()
+    llm_build(tmp_path, books[:2], rest)
+    assert len(cut.paid) == 11 and len(rest.paid) == 13 and not set(cut.paid) & set(rest.paid)
+    assert (tmp_path / "train.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    capsys.readouterr()
+    again = FakeLLM()
+    llm_build(tmp_path, books[:2], again)
+    assert not again.paid and "24 answers were there already" in capsys.readouterr().out
+
+
+def test_llm_dry_run_asks_nothing(tmp_path, books, capsys):
+    llm = FakeLLM()
+    with pytest.raises(data.DataError):  # there is no file to load
+        llm_build(tmp_path, books[:1], llm, "--dry-run")
+    assert not llm.paid and "about 12 calls" in (printed := capsys.readouterr().out) and "$" in printed
+
+
+def test_bad_answers_are_sent_back_with_the_reason_and_dropped_when_they_stay_bad(tmp_path, books):
+    def copy(task):
+        return "Tell this: " + " ".join(task.split("STORY")[1].split()[:40])
+
+    llm = FakeLLM(bad=[copy])
+    assert len(llm_build(tmp_path, books[:1], llm)) == 6
+    second = [json.loads(p) for p in llm.paid if len(json.loads(p)) == 3]
+    assert len(second) == 12 and all("cannot be used" in m[2]["content"] for m in second)
+    with pytest.raises(data.DataError, match="no example"):
+        llm_build(tmp_path, books[:1], FakeLLM(bad=[copy, copy, copy]), name="none.jsonl")
+    assert "no usable prompt: 6" in (tmp_path / "none.card.md").read_text("utf-8")
+
+
+def test_an_llm_that_is_not_there_stops_with_the_reason(tmp_path, books):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(SystemExit, match="(?s)got no answer.*run the same command again|is down"):
+        build(tmp_path, books[0], "--prompts", "llm", "--llm-url", url, "--llm-model", "m", "--llm-concurrency", "12")
+
+
+def test_what_is_wrong_with_a_prompt():
+    story = (
+        "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
+    )
+    good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell her family of it."
+    assert data.fault_of_prompt(good, story) == ""
+    assert "names" in data.fault_of_prompt(good + " Call her Ann.", story)
+    assert "copies" in data.fault_of_prompt(good + " It is the very old grey horse behind the mill.", story)
+    assert "length" in data.fault_of_prompt(good + " Make it 900 words long.", story)
+    assert "words; write" in data.fault_of_prompt("A horse.", story) and "words; write" in data.fault_of_prompt(
+        good * 9, story
+    )
+    assert "plain prose" in data.fault_of_prompt("# Prompt\n" + good, story)
+    assert "plain prose" in data.fault_of_trace("<think> " + "I plan. " * 100, story)
+
+
+def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
+    asked, down = collections.Counter(), {"2"}
+
+    def handler(path, _):
+        book = path.split("/")[3]
+        asked[path] += 1
+        if book == "3":
+            return 404, {}, b""
+        if book == "4":
+            return 200, {}, b"<html><body>Project Gutenberg: wait</body></html>"
+        if book in down:
+            down.discard(book)
+            return 503, {"Retry-After": "0"}, b""
+        return 200, {}, f"The Project Gutenberg eBook\r\nof {book}\r\n".encode()
+
+    server, url = serve(handler)
+    command = ["gutenberg", "--out", str(tmp_path / "books"), "--mirror", url + "/", "--pause", "0.01"]
+    data.main([*command, "1", "2"])
+    assert (tmp_path / "books/2.txt").read_text() == "The Project Gutenberg eBook\nof 2\n"
+    assert asked == {"/cache/epub/1/pg1.txt": 1, "/cache/epub/2/pg2.txt": 2}
+    with pytest.raises(SystemExit, match="(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"):
+        data.main([*command, "1", "3", "4", "5"])
+    assert asked["/cache/epub/1/pg1.txt"] == 1
+    assert sorted(p.name for p in (tmp_path / "books").iterdir()) == ["1.txt", "2.txt", "5.txt"]
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        data.main([*command, "6"])
+    capsys.readouterr()
+    data.main(["gutenberg", "--list"])
+    titles = capsys.readouterr().out.splitlines()
+    assert len(titles) >= 80 and any("Sherlock Holmes, Arthur Conan Doyle" in title for title in titles)

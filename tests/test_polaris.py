@@ -1,0 +1,284 @@
+"""polaris.py over real processes, sockets and kills: resume is exact, a failed verdict trains nothing, errors help."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from worlds import ROOT, World, polaris_main
+
+import judge
+import polaris
+from policy import full_tensor
+
+TINY = "--steps 6 --prompts 2 --group 4 --save-every 2 --eval-prompts 2 --anchor-warmup 2".split()
+TINY += "--warm-steps 2 --warm-rows 4 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Twelve fables with reasoning traces."""
+    import mini
+
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    lines = [
+        dict(uid=e.uid, prompt=e.prompt, target_words=e.target_words, story=e.story, reasoning="Begin, try, end.")
+        for e in mini.fables(12, seed=0)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open() if line.endswith("\n")]
+
+
+def numbers(out: Path) -> dict:
+    """All that a run wrote, without the clock and the bill."""
+    metrics = [{k: v for k, v in line.items() if k not in ("time", "judge")} for line in read(out / "metrics.jsonl")]
+    rows = read(out / "rollouts.jsonl") + read(out / "eval_stories.jsonl")
+    for row in rows:
+        row["verdict"] = {
+            k: v for k, v in row["verdict"].items() if k not in ("cached", "seconds", "tokens_in", "tokens_out")
+        }
+    return {"metrics": metrics, "rows": rows, "evals": read(out / "evals.jsonl")}
+
+
+def checked_main(argv: list[str]) -> int:
+    """polaris.main, asserting after every step that the copy which writes equals the policy which learns."""
+    step = polaris.train_step
+
+    def checked_step(run, number):
+        before = {name: p.clone() for name, p in run.copy.named_parameters()}
+        result = step(run, number)
+        for (name, p), written in zip(run.policy.lm.named_parameters(), run.copy.parameters(), strict=True):
+            assert torch.equal(full_tensor(p), written), f"{name} of the copy is stale at step {number}"
+        assert any(not torch.equal(before[name], p) for name, p in run.copy.named_parameters())
+        return result
+
+    polaris.train_step = checked_step
+    return polaris.main(argv)
+
+
+def main_killed_in_checkpoint(argv: list[str], folder: str) -> int:
+    """polaris.main, killed by -9 when a checkpoint is written but does not have its name yet."""
+    import policy
+
+    def replace(tmp, target):
+        if Path(target).name == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename(tmp, target)
+
+    policy.os = type("os", (), {"replace": staticmethod(replace)})
+    return polaris.main(argv)
+
+
+def wait_for_lines(path: Path, n: int, run: World) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert all(rank.is_alive() for rank in run.ranks) and time.monotonic() < deadline, run.text()
+        time.sleep(0.02)
+
+
+def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    argv = [*TINY, "--data", str(stories), "--thinking"]
+    run = World(2, checked_main, [*argv, "--out", str(whole)], log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
+    metrics = read(whole / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[0]["anchors"] == 0 and metrics[1]["anchors"] == 2 and metrics[5]["anchor_weight"] == 0.4
+
+    # Killed in the middle of step 4 or so, then while the checkpoint of step 4 is written, then left alone.
+    run = World(2, polaris_main, [*argv, "--out", str(broken)], log=tmp_path / "log")
+    wait_for_lines(broken / "metrics.jsonl", 3, run)
+    run.kill()
+    with (broken / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "half a li')
+    again = ["--out", str(broken), "--resume"]
+    run = World(2, main_killed_in_checkpoint, again, "step-000004", log=tmp_path / "log")
+    run.ranks[0].join(200)
+    run.kill()
+    assert run.ranks[0].exitcode == -signal.SIGKILL
+    assert (broken / "checkpoints" / ".step-000004.tmp").exists()
+    assert not (broken / "checkpoints" / "step-000004").exists()
+    run = World(2, polaris_main, again, log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
+
+    assert numbers(broken) == numbers(whole)
+    one, other = load_file(whole / "model" / "model.safetensors"), load_file(broken / "model" / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+    # Ranks see the same prompts and write the same stories, however many they are.
+    run = World(1, polaris_main, [*argv, "--out", str(tmp_path / "alone"), "--steps", "1"], log=tmp_path / "log")
+    assert run.wait() == [0], run.text()
+    first = [r for r in read(whole / "rollouts.jsonl") if r["step"] == 1]
+    alone = read(tmp_path / "alone" / "rollouts.jsonl")
+    assert [(r["uid"], r["row"]) for r in alone] == [(r["uid"], r["row"]) for r in first]
+    assert sum(a["story"] == b["story"] for a, b in zip(alone, first, strict=True)) >= len(first) - 1
+
+
+def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_path):
+    log, out = tmp_path / "judge.jsonl", tmp_path / "run"
+    process, url = judge.serve_in_background(faults="500:0.15,reset:0.1,truncate:0.05", seed=1, log=str(log))
+    argv = [*TINY, "--out", str(out), "--steps", "4", "--judge-url", url, "--judge-retries", "0"]
+    run = World(4, polaris_main, argv, log=tmp_path / "log")
+    assert run.wait() == [0] * 4, run.text()
+    process.stdin.close()
+
+    answered = {entry["digest"] for entry in read(log) if entry["outcome"] == "ok"}
+    rows = read(out / "rollouts.jsonl")
+    masked = 0
+    for row in rows:
+        if not row["story"].strip():
+            continue  # nothing to judge
+        judged = judge.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
+        assert (row["reward"] is not None) == judged
+        assert (row["verdict"]["score"] is not None) == judged
+        if not judged:
+            assert row["advantage"] == 0
+            masked += 1
+    assert masked > 3
+    assert sum(m["judge_failures"] for m in read(out / "metrics.jsonl")) == masked
+
+
+def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_back(tmp_path):
+    log, out = tmp_path / "judge.jsonl", tmp_path / "run"
+    process, url = judge.serve_in_background(log=str(log))
+    argv = [*TINY, "--out", str(out), "--judge-url", url, "--steps", "4", "--save-every", "10"]
+    run = World(2, polaris_main, argv, log=tmp_path / "log")
+    wait_for_lines(out / "metrics.jsonl", 2, run)
+    process.kill()
+    died = time.monotonic()
+    assert run.wait() == [3, 3], run.text()
+    assert time.monotonic() - died < 60
+    assert "polaris: " in run.text() and url in run.text() and "--resume" in run.text()
+    done = len(read(out / "metrics.jsonl"))
+    assert 2 <= done < 4
+    assert (out / "checkpoints" / f"step-{done:06d}").exists()
+
+    command = [
+        sys.executable,
+        str(ROOT / "judge.py"),
+        "serve",
+        "--port",
+        re.search(r":(\d+)", url)[1],
+        "--log",
+        str(log),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    run = World(2, polaris_main, ["--out", str(out), "--resume"], log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
+    process.kill()
+    assert [m["step"] for m in read(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    paid = [entry["digest"] for entry in read(log) if entry["outcome"] == "ok"]
+    assert max(paid.count(digest) for digest in paid) <= 3  # the ranks' hello, and equal stories written at once
+    stories = {
+        judge.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"]) for r in read(out / "rollouts.jsonl")
+    }
+    assert all(paid.count(digest) <= 1 for digest in stories)
+
+
+def test_torchrun_without_anchors_leaves_all_that_the_readme_promises(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", ROOT / "polaris.py"]
+    command += [*TINY, "--steps", "2", "--no-anchor", "--out", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "words / asked" in done.stdout and str(out / "report.html") in done.stdout
+    metrics = read(out / "metrics.jsonl")
+    assert all(m["anchors"] == 0 and m["anchor_weight"] == 0 and m["anchor_reward"] is None for m in metrics)
+    rows = read(out / "rollouts.jsonl")
+    assert len(rows) == 2 * 2 * 4 and not any(r["anchor"] for r in rows)
+    assert {e["bucket"] for e in read(out / "evals.jsonl")} == {"1x", "2x", "3x"}
+    assert json.loads((out / "config.json").read_text())["anchor"] is False
+    assert "<svg" in (out / "report.html").read_text()
+    assert AutoModelForCausalLM.from_pretrained(out / "model").num_parameters() > 100_000
+    assert not [p for p in out.rglob("*") if ".tmp" in p.name]
+
+
+GOOD = dict(
+    uid="a", prompt="Write a story about rain. The story should be 30 words long.", target_words=30, story="It rained."
+)
+
+
+@pytest.mark.parametrize(
+    "lines, argv, status, told",
+    [
+        (None, "--data nowhere.jsonl", 2, "nowhere.jsonl"),
+        (['{"uid": "a"'], "--data d.jsonl", 2, "d.jsonl:1"),
+        ([json.dumps({k: v for k, v in GOOD.items() if k != "story"})], "--data d.jsonl", 2, "story"),
+        ([json.dumps(GOOD | {"story": "<think>no</think> Rain."})], "--data d.jsonl", 2, "<think>"),
+        ([json.dumps(GOOD | {"story": " "})], "--data d.jsonl", 2, "d.jsonl:1"),
+        ([json.dumps(GOOD), json.dumps(GOOD)], "--data d.jsonl", 2, "d.jsonl:2"),
+        ([json.dumps(GOOD)], "--data d.jsonl --thinking", 2, "reasoning"),
+        ([json.dumps(GOOD)], "--data d.jsonl", 2, "too few"),
+        (None, "--preset paper", 2, "--data is missing"),
+        (None, "--preset paper --data d.jsonl", 2, "--judge-url is missing"),
+        (None, "--group 2", 2, "--group 2"),
+        (None, "--judge-extra nonsense", 2, "--judge-extra"),
+        (None, "--tracker disk", 2, "--tracker"),
+        (None, "--tracker wandb", 2, "pip install wandb"),
+        (None, "--resume --out gone", 2, "gone/config.json does not exist"),
+        (None, "--judge-url http://127.0.0.1:9/v1", 3, "127.0.0.1:9"),
+        (None, "--judge-url https://judge.example/v1", 3, "JUDGE_API_KEY"),
+    ],
+)
+def test_bad_input_says_what_and_where_and_changes_nothing_on_disk(
+    lines, argv, status, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    if lines is not None:
+        Path("d.jsonl").write_text("\n".join(lines) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert polaris.main(argv.split()) == status
+    message = capsys.readouterr().err
+    assert told in message and "polaris: " in message and "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_option_and_a_run_of_another_configuration_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        polaris.main(["--learning-rate", "1"])
+    assert stop.value.code == 2 and "--learning-rate" in capsys.readouterr().err
+    saved = polaris.asdict(polaris.parse(["--lr", "0.002"]))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert polaris.main(["--out", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert polaris.main(["--out", str(tmp_path), "--resume", "--lr", "0.001"]) == 2
+    assert "lr 0.002 there and 0.001 here" in capsys.readouterr().err
+    assert polaris.parse(["--out", str(tmp_path), "--resume", "--save-every", "9"]).lr == 0.002
+
+
+def test_every_option_is_in_the_help_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        polaris.main(["--help"])
+    text = capsys.readouterr().out
+    for field in polaris.fields(polaris.Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+def main_with_key(argv: list[str]) -> int:
+    os.environ["JUDGE_API_KEY"] = "sk-very-secret-0123456789"
+    return polaris.main(argv)
+
+
+def test_the_key_is_in_no_file_that_a_run_leaves(tmp_path):
+    out = tmp_path / "run"
+    run = World(1, main_with_key, [*TINY, "--steps", "1", "--out", str(out)], log=tmp_path / "log")
+    assert run.wait() == [0], run.text()
+    for path in [*out.rglob("*"), tmp_path / "log"]:
+        assert path.is_dir() or b"very-secret" not in path.read_bytes(), path
