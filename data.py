@@ -229,11 +229,12 @@ SECTION = re.compile(  # "IV.", "CHAPTER 3", "Part the Second", "FIRST STORY"
 )
 FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"(?:the )?(?:(?:author|editor|translator|publisher|transcriber)s? )?(?:"
-    r"(?:preface|foreword|introduction|footnotes?|foot notes?|end ?notes|appendix|appendices|index)(?: .*)?"
+    r"(?:preface|foreword|introduction|foot ?notes?|end ?notes|appendix|appendices|index)(?: .*)?"
     r"|(?:introductory|prefatory|biographical|explanatory)(?: (?:note|essay))?|(?:contents|notes?)(?: (?:to|on) .*)?"
     r"|dedication|acknowledge?ments?|glossary|bibliography|errata|addenda|(?:list of )?illustrations|the end|finis|end"
     r"|l ?envoi|by the same author)"
 )
+FOOTNOTES = re.compile(r"foot ?notes?(?: .{0,40})?")  # these may close a section, and the story goes on
 BYLINE = re.compile(
     r"^[\s_(*\[]*by\b[:\s]+(\S.*)$|^_([A-Z][\w.]*(?: [A-Z][\w.'\u2019-]*){1,3})_(?: \(.*\))?$", re.IGNORECASE
 )
@@ -364,7 +365,8 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
     for n, (b, line) in enumerate(lines[: max(600, len(lines) // 4)]):
         if len(line.strip()) <= 90 and not SECTION.match(line) and not SOURCE.match(line):
             names = entry_keys([text for c, text in lines[n : n + 3] if c == b])
-            if later := sorted({h for name in names for h in heads.get(name, ()) if h > b}):
+            later = sorted({h for name in names for h in heads.get(name, ()) if h > b})
+            if 0 < len(later) < 5:  # a title comes again as half-title, heading, in notes; a refrain in every story
                 hits[n] = later
     best, most = [], 2.0
     for start, later in hits.items():
@@ -445,9 +447,14 @@ def find_styled(blocks: list[Block]) -> list[int]:
     words = [len(block.text.split()) for block in blocks]
     groups: dict[tuple[bool, bool], list[int]] = {}
     for b, block in enumerate(blocks):
-        line = block.lines[0].strip(" _")
-        short = block.gap > 1 and len(block.lines) <= 3 and len(line) <= 80 and len(line.split()) <= 12
-        if short and re.search("[A-Za-z]{2}", line) and not re.search("^[a-z]|[,;:]$", line):
+        line, names = block.lines[0].strip(" _"), [w for w in re.findall(r"[^\W\d_]+", block.text) if len(w) > 3]
+        short = block.gap > 1 and len(block.lines) <= 3 and len(block.text.split()) <= 16 and len(line) <= 80
+        if (
+            short
+            and re.search("[A-Za-z]{2}", line)
+            and line[-1] not in ",;:"
+            and all(name[0].isupper() for name in names)
+        ):
             if not (SECTION.match(line) or SOURCE.match(line) or FURNITURE.fullmatch(key(line))):
                 groups.setdefault((bool(NUMBERING.match(line)), is_caps(line)), []).append(b)
     for _, found in sorted(groups.items(), reverse=True):  # numbered titles first, then capitals
@@ -480,10 +487,11 @@ def indent(line: str) -> int:
 
 
 def is_verse(block: Block, width: int) -> bool:
-    """Do lines end before the margin (at `width`), and start with a capital?"""
+    """Do lines start with a capital, and end before the margin at `width`?"""
     starts = [re.sub(r"^[\W_]+", "", line)[:1] for line in block.lines]
     free = sum(len(a) + 1 + len(b.split()[0]) < width - 8 for a, b in itertools.pairwise(block.lines))
-    return len(starts) > 1 and sum(s.isupper() for s in starts) >= 0.7 * len(starts) and free >= 0.6 * (len(starts) - 1)
+    capitals = sum(s.isupper() for s in starts) / len(starts)
+    return len(starts) > 1 and capitals >= 0.7 and free >= 0.6 * (len(starts) - 1)
 
 
 def is_front(block: Block, following: Block | None, width: int, margin: int) -> bool:
@@ -511,7 +519,13 @@ def is_tail(block: Block) -> bool:
     """Is this block, after the last paragraph, no part of the story: a section number, THE END, a printer's line?"""
     text = block.text
     short = len(text.split()) < 20 and (is_caps(text) or not SENTENCE_END.search(text))
-    return bool(SCENE_BREAK.match(text) or SECTION.match(text) or NOTE.match(text) or (block.gap > 1 and short))
+    return bool(
+        SCENE_BREAK.match(text)
+        or SECTION.match(text)
+        or NOTE.match(text)
+        or FOOTNOTES.fullmatch(key(text))
+        or (block.gap > 1 and short)
+    )
 
 
 def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple[list[Block], str]:
@@ -528,8 +542,8 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
             break
     words = 0
     for i, block in enumerate(blocks):  # notes, appendix, the next preface
-        apart = block.gap > 1 or is_caps(block.text) or "ootnote" in block.text
-        if words > 100 and apart and len(block.lines) < 3 and FURNITURE.fullmatch(key(block.text)):
+        apart = words > 100 and len(block.lines) < 3 and (block.gap > 1 or is_caps(block.text))
+        if apart and FURNITURE.fullmatch(key(block.text)) and not FOOTNOTES.fullmatch(key(block.text)):
             blocks = blocks[:i]
             break
         words += len(block.text.split())
@@ -554,7 +568,7 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
 
 def paragraph(block: Block, width: int) -> str:
     """A block as text: wrapping undone (not of verse), italics, quotation marks and dashes normalised, notes out."""
-    if NOTE.match(block.text):
+    if NOTE.match(block.text) or FOOTNOTES.fullmatch(key(block.text)):
         return ""
     if SCENE_BREAK.match(block.text):
         return "***"
@@ -577,6 +591,8 @@ def split_book(text: str) -> tuple[dict[str, str], list[Story]]:
     heads = find_headings(blocks)
     long = [line for block in blocks if len(block.lines) > 2 for line in block.lines[:-1]]
     width = sorted(map(len, long))[int(0.9 * len(long))] if long else 72
+    if sum(line.strip(" _\"'")[:1].isupper() for line in long) > 0.8 * len(long):  # all verse: its lines set no margin
+        width = 1000
     margin = Counter(indent(block.lines[0]) for block in blocks if len(block.lines) > 2).most_common(1)
     margin = margin[0][0] if margin else 0
     stories = []
@@ -657,11 +673,9 @@ def epub_text(path: Path) -> str:
         with zipfile.ZipFile(path) as book:
             package_path = re.search(r'full-path="([^"]+)"', book.read("META-INF/container.xml").decode())[1]
             package = ElementTree.fromstring(book.read(package_path))
-            files = {item.get("id"): item.get("href") for item in package.iter("{*}item")}
-            pages = [
-                posixpath.join(posixpath.dirname(package_path), files[i.get("idref")])
-                for i in package.iter("{*}itemref")
-            ]
+            files = {item.get("id"): item.get("href") for item in package.findall(".//{*}item")}
+            folder = posixpath.dirname(package_path)
+            pages = [posixpath.join(folder, files[ref.get("idref")]) for ref in package.findall(".//{*}itemref")]
             text = ""
             for page in pages:
                 parser = _Page()
@@ -694,7 +708,7 @@ def kind_of(story: Story, fields: dict[str, str]) -> str:
         return "play"
     if len(re.findall(r"\d", story.text)) > 0.1 * n:
         return "list or table"
-    if author and author in key(story.title):
+    if " " in author and author in key(story.title):
         return "about the author"
     # An essay speaks of what is, without persons. Set on 1,304 pieces: of the narrative ones under 1% fall here.
     if past < 0.4 * (past + present) and share("he she him her his i me my they") < 0.045:
@@ -734,7 +748,8 @@ def author_key(author: str) -> str:
 def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict, list[tuple[Story, int, str, set[int]]]]:
     """One book in a worker process -> (problem, header, [(piece, words, why it is dropped, shingles)])."""
     try:
-        fields, stories = split_book(read_text(Path(path)))
+        text = read_text(Path(path))
+        fields, stories = split_book(text)
     except DataError as error:
         return str(error), {}, []
     pieces = []
@@ -744,7 +759,9 @@ def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict, lis
         why = why or kind_of(story, fields)
         pieces.append((story, words, why, set() if why else shingles(story.text)))
     if not pieces:
-        return f"{path}: no list of contents and no story headings; this looks like one single work", fields, []
+        found = len(find_headings(blocks_of(text)[1]))
+        what = f"{found} pieces of verse" if found else "no list of contents and no story headings; one single work?"
+        return f"{path}: {what}", fields, []
     return "", fields, pieces
 
 

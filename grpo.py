@@ -277,7 +277,7 @@ def _addmm(out, a, b, beta=1, alpha=1):
     """out = beta out + alpha a @ b, in place; an fp32 `out` takes the fp32 sums of bf16 operands unrounded."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    return torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)  # GPU only
+    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)  # on a GPU only
 
 
 def _statistics(logits, targets):

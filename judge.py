@@ -27,6 +27,7 @@ from the environment, travels in one header, and is cut out of whatever a provid
 """
 
 import argparse
+import contextlib
 import dataclasses
 import email.utils
 import functools
@@ -544,8 +545,11 @@ class JudgeStop(RuntimeError):
 
 
 class CallFailed(RuntimeError):
-    """A call without a usable answer. kind: transient, unusable or final; wait: seconds that the server asks for;
-    usage: (tokens in, tokens out) paid all the same; raw: the last answer, if there was one."""
+    """A call without a usable answer; the message says why.
+
+    kind: transient, unusable or final.  wait: seconds that the server asks for.  usage: (tokens in, tokens out), paid
+    all the same.  raw: the last answer, "" if there was none.
+    """
 
     def __init__(self, kind, reason, wait=None, usage=(0, 0)):
         super().__init__(reason)
@@ -1321,10 +1325,10 @@ def _print_schema(args):
 
 
 def _json_object(text):
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError("""write a JSON object, such as '{"temperature": 0.2}'""")
 
 
 def main():

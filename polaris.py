@@ -293,6 +293,12 @@ class Run:
     def rank(self) -> int:
         return self.mesh.get_rank()
 
+    @property
+    def eos(self) -> set[int]:
+        """Every token that ends a response: the tokenizer's, and those that the model's generation settings name."""
+        also = self.copy.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
+
     def bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, leave=False, position=1, disable=self.rank != 0, dynamic_ncols=True)
 
@@ -308,7 +314,6 @@ def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchor
     """
     cfg, rank, world = run.cfg, run.rank, run.mesh.size()
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit)
-    eos = run.tokenizer.eos_token_id
     mine = jobs[
         len(jobs) * rank // world : len(jobs) * (rank + 1) // world
     ]  # neighbours share a prompt, and its prefill
@@ -342,7 +347,7 @@ def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchor
             for row in my_anchors:
                 send(row)
             seeds = [row_seed(cfg.seed, step, e.uid, k) for e, k in mine]
-            generate(run.copy, prompts, seeds, sampling, eos, on_finish=on_finish)
+            generate(run.copy, prompts, seeds, sampling, run.eos, on_finish=on_finish)
             waited = time.perf_counter()
             bar.set_description("  judging (rank 0)")
             for row, verdict in verdicts:
@@ -432,6 +437,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row], list[float]]:
     )
     syncing = time.perf_counter()
     copy_weights(run.policy.lm, run.copy)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()  # for the clock
     done = time.perf_counter()
 
     seconds = {"rollout": writing, "judge_wait": waiting, "update": syncing - updating, "sync": done - syncing}

@@ -51,12 +51,12 @@ TITLES = [
     "Sorrow",
 ]
 SUBJECTS = ["he", "she", "they", "the miller", "the widow", "an old sailor", "her brother", "the doctor", "the clerk"]
-VERBS = ["saw", "told", "asked", "followed", "had never met", "was afraid of", "remembered", "could not forget", "left"]
-OBJECTS = ["the grey horse", "a stranger at the gate", "the captain's letter", "the house on the hill", "that winter"]
+VERBS = ["saw", "told", "asked", "followed", "had met", "was afraid of", "remembered", "forgot", "left"]
+OBJECTS = ["the grey horse", "a stranger", "the letters", "the house", "that winter"]
 ENDS = [
     "before the rain came",
     "and said nothing",
-    "with a lantern in his hand",
+    "with a lantern",
     "for the second time",
     "in the morning",
 ]
@@ -64,9 +64,10 @@ VERSE = ["O bring the lamp, the night is long,", "And bring the bread and wine;"
 
 
 def sentence(rng):
-    middle = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(ENDS)}"
-    number = f" in {rng.randrange(1700, 1900)}" if rng.random() < 0.2 else ""
-    return middle[0].upper() + middle[1:] + number + "."
+    syllables = ["bar", "den", "lo", "mi", "ras", "tok", "vel", "wyn", "shu", "ger"]
+    first, second = ("".join(rng.choices(syllables, k=3)).title() for _ in range(2))  # no two sentences are alike
+    text = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
+    return text[0].upper() + text[1:]
 
 
 def paragraphs(rng, words):
@@ -104,7 +105,10 @@ STYLES = {
     "numeral above": (lambda i, t: f"{ROMAN[i]}. {t.upper()}", lambda i, t: f"{ROMAN[i]}\n\n{t.upper()}"),
     "arabic": (lambda i, t: f"{i + 1}. {t}", lambda i, t: f"{i + 1}. {t.upper()}"),
     "byline": (lambda i, t: f"{t.upper()}\n    ANN AUTHOR", lambda i, t: f"{t.upper()}\nBY ANN AUTHOR"),
-    "author in list": (lambda i, t: f"{t.upper()}   _Ann Author_  {i + 3}", lambda i, t: f"{t.upper()}\n\n_Ann Author_ (1801-1870)"),
+    "author in list": (
+        lambda i, t: f"{t.upper()}   _Ann Author_  {i + 3}",
+        lambda i, t: f"{t.upper()}\n\n_Ann Author_ (1801-1870)",
+    ),
     "misspelt": (lambda i, t: t.replace("l", "ll"), lambda i, t: t.upper() + "."),
     "subtitle": (lambda i, t: f"{t.upper()}, concerning Somebody", lambda i, t: t.upper()),
     "noted": (lambda i, t: f"  {t}", lambda i, t: f"{t.upper()}({i + 1})"),

@@ -2,6 +2,7 @@
 
     python tests/bench.py logprob            log-probs of the vocabulary head, forward and backward
     python tests/bench.py rollout            sampling, beside transformers' generate
+    python tests/bench.py step               one rank's share of a published training step, with a slow judge
 
 A run prints Markdown tables; its last line is JSON with the same numbers. Times are medians after a warm-up.
 The limits are measured too: the matrix rate (best of large square GEMMs), the copy bandwidth (bytes read + written).
@@ -432,6 +433,146 @@ def decoding(args):
     return head | {"rows": args.rows, "prompt": args.prompt, "models": results}
 
 
+# --------------------------------------------------------------------------------------------------------------- step
+
+PAPER_STEPS, A100 = (
+    173,
+    {"copy": 1.75e12, "matrix": 250e12},
+)  # bytes and flops a second, as commonly measured on A100-80GB
+
+
+class AnyToken:
+    """The miniature's tokenizer for a model of any vocabulary: each id decodes to a word."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def decode(self, ids):
+        return " ".join(f"word{i % 997}" for i in ids)
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def step_run(folder, layers, tokens, url, gpu, mesh, device):
+    """A trainer's Run at one rank's share of the published step (2 prompts, groups of 6), with random weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5TextConfig
+
+    import mini
+    import polaris
+
+    mini.make_model(folder, mini.fables(200, 0), 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if gpu:
+        config = Qwen3_5TextConfig(num_hidden_layers=layers)  # all else at its defaults: the 9B's shape
+        with device:
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    else:
+        config = Qwen3_5TextConfig(**TINY | {"num_hidden_layers": layers, "vocab_size": 8192}, **DELTA)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    options = f"--prompts 2 --group 6 --max-response {tokens} --repetition-penalty 1.1 --recompute --micro-tokens 16384"
+    cfg = polaris.parse(options.split())
+    model, copy = polaris.load_policy(folder, mesh, device, cfg.recompute)
+    examples = []
+    for e in mini.fables(2, 1):  # anchors of three fifths of the limit
+        story = e.story
+        while len(tokenizer(story).input_ids) < 0.6 * tokens - 100:
+            story += "\n\n" + e.story
+        examples.append(polaris.replace(e, story=story))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)  # AdamW's moments would not fit beside the uncut head
+    client = polaris.Judge(url, "offline", concurrency=16)
+    # Random weights end no story: let so many tokens end one that half the limit is the mean.
+    copy.generation_config.eos_token_id = list(range(1000, 1000 + 2 * config.vocab_size // tokens))
+    return polaris.Run(cfg, folder, mesh, device, AnyToken(tokenizer), model, copy, optimizer, client, examples, [])
+
+
+def step(args):
+    """One rank's share of a published training step through the trainer's own train_step, and what it projects to."""
+    import tempfile
+
+    import judge
+    import polaris
+
+    device = default_device()
+    gpu = device.type == "cuda"
+    tokens, delay = args.tokens or (8192 if gpu else 192), 20.0 if args.delay is None and gpu else args.delay or 0.2
+    name, rate = device_name(device), matrix_rate(device, torch.bfloat16 if gpu else torch.float32)
+    bandwidth = copy_bandwidth(device)
+    print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s")
+    print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call\n")
+    mesh, device = polaris.setup(polaris.parse([]))
+    process, url = judge.serve_in_background(delay=delay)
+    lines = []
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            progress(f"{layers} layers: random weights")
+            run = step_run(Path(folder), layers, tokens, url, gpu, mesh, device)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+            for number in (20, 21):  # the first one captures and compiles
+                progress(f"{layers} layers: step {number - 19} of 2")
+                metrics, rows, _ = polaris.train_step(run, number)
+        times, seen = metrics["time"], sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+        size = sum(p.numel() for p in run.copy.model.layers.parameters())
+        flops = 8 * size * seen + 6 * run.copy.lm_head.weight.numel() * metrics["tokens"]
+        asked = sum(r.verdict.seconds for r in rows)
+        memory = torch.cuda.max_memory_allocated(device) if gpu else _status("VmHWM")
+        lines.append(
+            {
+                "layers": layers,
+                "parameters, M": (size + 2 * run.copy.lm_head.weight.numel()) / 1e6,
+                "rollout, s": times["rollout"],
+                "judge wait, s": times["judge_wait"],
+                "update, s": times["update"],
+                "sync, s": times["sync"],
+                "tokens trained": seen,
+                "update, tokens/s": seen / times["update"],
+                "update, of matrix rate": flops / times["update"] / rate,
+                "judge hidden": 1 - times["judge_wait"] / asked,
+                "peak, GB": memory / 1e9,
+            }
+        )
+        run.judge.close()
+        del run
+        free(device)
+    process.stdin.close()
+    table(lines)
+    result = {
+        "bench": "step",
+        "device": name,
+        "torch": torch.__version__,
+        "tokens": tokens,
+        "delay": delay,
+        "rows": lines,
+    }
+    if gpu:
+        result |= project(lines, bandwidth, rate)
+    return result
+
+
+def project(lines, bandwidth, rate):
+    """Two layer counts -> a straight line in the layers -> 32 layers -> 173 steps, here and on A100s."""
+    first, last = lines[0], lines[-1]
+
+    def at_32(column):
+        slope = (last[column] - first[column]) / (last["layers"] - first["layers"])
+        return first[column] + slope * (32 - first["layers"])
+
+    write, learn, rest = at_32("rollout, s"), at_32("update, s"), at_32("sync, s") + last["judge wait, s"]
+    here = (write + learn + rest) * PAPER_STEPS / 3600
+    there = write * bandwidth / A100["copy"] + learn * rate / A100["matrix"] + rest
+    print(
+        f"32 layers, by a straight line: rollout {write:.0f} s + update {learn:.0f} s + sync and judge {rest:.0f} s; "
+        f"x {PAPER_STEPS} steps = {here:.1f} h on four of this device, without FSDP's communication.\n"
+        f"On A100-80GB: rollout x {bandwidth / A100['copy']:.2f} (bandwidth), update x {rate / A100['matrix']:.2f} "
+        f"(matrix rate) = {there:.0f} s a step, {there * PAPER_STEPS / 3600:.1f} h for the run (published: 48 h)."
+    )
+    return {"hours here": here, "hours on A100": there * PAPER_STEPS / 3600}
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -455,6 +596,12 @@ def main():
     command.add_argument("--no-static", dest="static", action="store_false", help="skip generate on a static cache")
     command.add_argument("--repeats", type=int, help="turns after the first; default: 2 on a GPU, 7 on a CPU")
     command.set_defaults(run=decoding)
+
+    command = commands.add_parser("step", help="one rank's share of a published training step, with a slow judge")
+    command.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="sizes to measure; the 9B has 32 [4 8]")
+    command.add_argument("--tokens", type=int, help="response limit; default: 8192 on a GPU, 192 on a CPU")
+    command.add_argument("--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU")
+    command.set_defaults(run=step)
 
     args = parser.parse_args()
     print(json.dumps(args.run(args)))

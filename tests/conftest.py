@@ -1,4 +1,4 @@
-"""Tests run from anywhere, on the CPU, with the kernels in Triton's interpreter where no GPU can run them."""
+"""Tests run from anywhere, import the modules from the repository's root, and never reach for a network."""
 
 import os
 import sys

