@@ -3,7 +3,7 @@
 Nothing of POLARIS itself is in here, which is why it is a file of its own: the modules that people copy stay free of
 toys. It makes what the published run downloads, all of it from one seed:
 
-    fables()       prompt–story pairs from a small story grammar, 20 to 70 words each
+    fables()       prompt–story pairs from a small story grammar, 20 to 60 words each
     make_model()   a byte-level BPE tokenizer and a random hybrid model in the style of Qwen3.5
     mislead()      the same pairs, most of them asking for another pair's length
     stretch()      validation prompts for 1x, 2x and 3x the trained length
@@ -85,11 +85,11 @@ def fable(rng: random.Random, sentences: int) -> tuple[str, dict]:
 
 
 def fables(n: int, seed: int) -> list[Example]:
-    """`n` examples of about 20 to 70 words, the length in the prompt rounded to tens. Pure in its arguments."""
+    """`n` examples of about 20 to 60 words, the length in the prompt rounded to tens. Pure in its arguments."""
     rng = random.Random(f"fables-{seed}")
     examples = []
     for i in range(n):
-        story, slots = fable(rng, rng.randint(2, 8))
+        story, slots = fable(rng, rng.randint(2, 6))
         words = round(word_count(story), -1)
         examples.append(
             Example(f"fable-{i:05d}", PROMPT.format(words=words, **slots), words, story, source="mini grammar")

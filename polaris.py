@@ -53,6 +53,7 @@ import data
 import eval as evaluation
 import judge as judging
 import mini
+import offline
 from data import DataError, Example
 from grpo import anchor_weight, group_advantages
 from judge import Judge, JudgeStop, Reward, RewardConfig, Verdict
@@ -140,25 +141,26 @@ class Config(RewardConfig):
     warm_steps: int = opt(0, "supervised steps before reinforcement learning (mini: on misleading lengths)")
     warm_rows: int = opt(16, "stories per supervised step")
     warm_lr: float = opt(3e-3, "AdamW, falling linearly to a tenth")
-    eval_prompts: int = opt(16, "mini: prompts held out, each asked at 1x, 2x and 3x its length")
+    eval_prompts: int = opt(24, "mini: prompts held out, each asked at 1x, 2x and 3x its length")
 
 
 MINI = dict(
     model="",
     thinking=False,
     seed=0,
-    steps=60,
-    save_every=20,
+    steps=75,
+    save_every=25,
     eval_every=0,
     repetition_penalty=1.0,
-    anchor_warmup=10,
-    lr=1e-3,
+    anchor_warmup=5,
+    lr=4e-4,
+    beta2=0.95,
     recompute=False,
     micro_tokens=8192,
     judge_model="offline",
     judge_extra="{}",
     judge_timeout=30.0,
-    warm_steps=200,
+    warm_steps=160,
     max_response=0,
     # the reward's absolute constants, scaled from 1,000–4,000 words to 20–60
     min_target=5,
@@ -314,9 +316,8 @@ def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchor
     """
     cfg, rank, world = run.cfg, run.rank, run.mesh.size()
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit)
-    mine = jobs[
-        len(jobs) * rank // world : len(jobs) * (rank + 1) // world
-    ]  # neighbours share a prompt, and its prefill
+    first, end = (len(jobs) * r // world for r in (rank, rank + 1))
+    mine = jobs[first:end]  # neighbours share a prompt, and so its prefill
     prompts = [data.encode_prompt(run.tokenizer, e.prompt, cfg.thinking) for e, _ in mine]
     written: dict[int, Row] = {}
     verdicts: list[tuple[Row, Future]] = []
@@ -732,7 +733,7 @@ def open_judge(cfg: Config, out: Path):
     """
     url, process = [cfg.judge_url], None
     if not cfg.judge_url and dist.get_rank() == 0:
-        process, url[0] = judging.serve_in_background()
+        process, url[0] = offline.serve_in_background()
     dist.broadcast_object_list(url, src=0)
     key = judging.api_key(cfg.judge_key_env, url[0])
     settings = dict(

@@ -66,7 +66,9 @@ VERSE = ["O bring the lamp, the night is long,", "And bring the bread and wine;"
 def sentence(rng):
     syllables = ["bar", "den", "lo", "mi", "ras", "tok", "vel", "wyn", "shu", "ger"]
     first, second = ("".join(rng.choices(syllables, k=3)).title() for _ in range(2))  # no two sentences are alike
-    text = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
+    text = (
+        f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
+    )
     return text[0].upper() + text[1:]
 
 

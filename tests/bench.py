@@ -493,7 +493,7 @@ def step(args):
     """One rank's share of a published training step through the trainer's own train_step, and what it projects to."""
     import tempfile
 
-    import judge
+    import offline
     import polaris
 
     device = default_device()
@@ -504,7 +504,7 @@ def step(args):
     print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s")
     print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call\n")
     mesh, device = polaris.setup(polaris.parse([]))
-    process, url = judge.serve_in_background(delay=delay)
+    process, url = offline.serve_in_background(delay=delay)
     lines = []
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:

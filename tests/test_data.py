@@ -129,12 +129,16 @@ TURNS = """{%- for m in messages %}
 {%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"""
+EMPTY_BLOCK = "{{- '<think>\\n\\n</think>\\n\\n' }}"
 TEMPLATES = {  # what follows in the generation prompt, with thinking on and off
-    "opens": TURNS + "{%- if enable_thinking %}{{- '<think>\\n' }}{%- else %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
-    "does not open": TURNS + "{%- if not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+    "opens": TURNS
+    + "{%- if enable_thinking %}{{- '<think>\\n' }}{%- else %}"
+    + EMPTY_BLOCK
+    + "{%- endif %}{%- endif %}",
+    "does not open": TURNS + "{%- if not enable_thinking %}" + EMPTY_BLOCK + "{%- endif %}{%- endif %}",
     "never thinks": TURNS + "{%- endif %}",
     "always opens": TURNS + "{{- '<think>\\n' }}{%- endif %}",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -257,30 +261,30 @@ def test_what_is_no_prose_goes(name, style):
     assert found(text) == truth_of(truth)
 
 
-def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised():
-    def decorate(parts, width):
-        pieces = [
-            "I",
-            anthologies.body(parts, width),
-            "II",
-            "* * * * *",
-            "“It’s _her_ lamp,”[1] he said--and stopped.*",
-            POEM,
-        ]
-        return "\n\n\n".join([*pieces, "CHAPTER III\nTHE THIRD", "[1] A note.", anthologies.fill("He went. " * 30)])
+@pytest.mark.parametrize("style", ["capitals", "no list, capitals"])
+def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
+    end = [
+        ("II", "II"),
+        ("* * * * *", "***"),
+        ("“It’s _her_ lamp,”[1] he said--and stopped.*", '"It\'s her lamp," he said\u2014and stopped.'),
+        (POEM, "\n".join(anthologies.VERSE)),
+        ("FOOTNOTES:", ""),
+        ("[1] A note.", ""),
+        ("CHAPTER III\nTHE THIRD", "CHAPTER III\nTHE THIRD"),
+        (
+            "She shut the door behind her, and\nwent down to the mill-\npond.",
+            "She shut the door behind her, and went down to the mill-pond.",
+        ),
+    ]
+    _, truth = anthologies.anthology(style)
 
-    for style in ("capitals", "no list, capitals"):
-        text, truth = anthologies.anthology(style, decorate=decorate)
-        verse = "\n".join(anthologies.VERSE)
-        end = [
-            "II",
-            "***",
-            '"It\'s her lamp," he said\u2014and stopped.',
-            verse,
-            "CHAPTER III\nTHE THIRD",
-            ("He went. " * 30).strip(),
-        ]
-        assert found(text) == [(title, "\n\n".join([body, *end])) for title, body in truth_of(truth)]
+    def decorate(parts, width):
+        text = anthologies.body(parts, width)
+        return "\n\n\n".join(["I", text, *(typed for typed, _ in end)]) if parts == truth[1][1] else text
+
+    expected = truth_of(truth)
+    expected[1] = (expected[1][0], "\n\n".join([expected[1][1], *(clean for _, clean in end if clean)]))
+    assert found(anthologies.anthology(style, decorate=decorate)[0]) == expected
 
 
 def test_front_and_back_matter_is_no_story():
@@ -300,7 +304,8 @@ def test_chapters_that_a_list_names_belong_to_their_story():
     name, parts = truth[2]
     half, upper = len(parts) // 2, name.upper()
     text = text.replace(f"     {name}\n", f"     {name}:\n          I. The Road\n         II. The Inn\n")
-    split = f"{upper}\n\n\nI.\n\nTHE ROAD\n\n\n{anthologies.body(parts[:half])}\n\n\n\nII.\n\nTHE INN\n\n\n{anthologies.body(parts[half:])}"
+    first, second = anthologies.body(parts[:half]), anthologies.body(parts[half:])
+    split = f"{upper}\n\n\nI.\n\nTHE ROAD\n\n\n{first}\n\n\n\nII.\n\nTHE INN\n\n\n{second}"
     text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
     stories = found(text)
     assert [title for title, _ in stories] == [title for title, _ in truth_of(truth)]
@@ -413,7 +418,7 @@ BAD_BOOKS = {
     "encoding": ("Stories\n\nCaf\xe9 stories\n".encode("latin-1"), r"book.txt:3: not UTF-8.*iconv"),
     "broken EPUB": (None, "no EPUB"),
     "novel": (novel().encode(), "one single work"),
-    "poems": (poems().encode(), "6 verse"),
+    "poems": (poems().encode(), "6 pieces of verse"),
 }
 
 
@@ -444,7 +449,7 @@ def test_folder_missing_file_and_one_bad_book_among_good(tmp_path, books, capsys
 def test_old_encodings_that_say_so_are_read(tmp_path):
     text, truth = anthologies.anthology("capitals")
     text = text.replace("Language: English", "Character set encoding: ISO-8859-1").replace(
-        "the widow", "the fianc\xe9e"
+        "The widow", "The fianc\xe9e"
     )
     (tmp_path / "old.txt").write_bytes(text.replace("\n", "\r\n").encode("latin-1"))
     stories = build(tmp_path, tmp_path / "old.txt")
@@ -465,7 +470,8 @@ def test_epub(tmp_path):
         book.writestr(
             "O/p.opf",
             '<package xmlns="http://www.idpf.org/2007/opf"><metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
-            "<dc:title>Night &amp; Day</dc:title><dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language></metadata>"
+            "<dc:title>Night &amp; Day</dc:title><dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language>"
+            "</metadata>"
             f"<manifest>{items}</manifest><spine>{spine}</spine></package>",
         )
         book.writestr("O/c x.xhtml", contents)
@@ -536,7 +542,10 @@ class FakeLLM:
         elif plan:
             answer = " ".join(f"First I think of scene {i} and of what it must change for them." for i in range(12))
         else:
-            answer = "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must decide whom they trust."
+            answer = (
+                "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must "
+            )
+            answer += "decide whom they trust."
         usage = {"prompt_tokens": 1000, "completion_tokens": 100}
         reply = {
             "choices": [{"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
@@ -622,7 +631,7 @@ def test_what_is_wrong_with_a_prompt():
     story = (
         "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
     )
-    good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell her family of it."
+    good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell of it."
     assert data.fault_of_prompt(good, story) == ""
     assert "names" in data.fault_of_prompt(good + " Call her Ann.", story)
     assert "copies" in data.fault_of_prompt(good + " It is the very old grey horse behind the mill.", story)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import judge  # noqa: E402
 import mini  # noqa: E402
+import offline  # noqa: E402
 from eval import EvalError, chart, length_bucket, length_table, read_jsonl, report, slope, text, ticks  # noqa: E402
 from rollout import Sampling  # noqa: E402
 
@@ -268,7 +269,7 @@ def test_scores_from_a_real_server_and_nothing_paid_twice(tmp_path, capsys):
         {key: row[key] for key in ("uid", "prompt", "target_words", "story", "words", "finished")} for row in rows
     ]
     write(tmp_path / "stories.jsonl", stories)
-    process, url = judge.serve_in_background()
+    process, url = offline.serve_in_background()
     try:
         for calls, cached in ((3, 0), (0, 3)):
             client = judge.Judge(url, "offline", cache=tmp_path / "cache.sqlite")

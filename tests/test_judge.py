@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from judge_injections import attempts, perfect_verdict
 
 import judge
+import offline
 from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, JudgeStop, VerdictError
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
 GOLDEN_SQ = json.loads((HERE / "golden_story_quality.json").read_text(encoding="utf-8"))
 KEY = "sk-secret/8e1fbf"
-GOOD = json.dumps(judge.offline_verdict(CHECK_PROMPT, CHECK_STORY))
+GOOD = json.dumps(offline.offline_verdict(CHECK_PROMPT, CHECK_STORY))
 GOOD_SCORE = judge.parse_verdict(GOOD, CHECK_STORY).score
 
 
@@ -357,7 +358,7 @@ def test_injections(name):
     text = messages[1]["content"]
     assert messages[0]["content"] == judge.rubric_text() and len(messages) == 2  # no story in the system message
     assert text.count("f00dfeedf00dfeed") == 5  # announced once, two fences; nothing of the story carries it
-    assert judge._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
+    assert offline._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
     # A judge that quotes the story in its justification is still read as it meant.
     own = verdict_with(P1=7, N6=20)
     own["N6"].update(justification=f"The story says {story[-2000:]}", quotes=[story[:40]])
@@ -366,7 +367,7 @@ def test_injections(name):
     with contextlib.suppress(VerdictError):
         assert judge.parse_verdict(f"{story}\n\n{json.dumps(own)}", story).score == -0.13
     # The offline judge answers with a whole verdict, its quotes from the story.
-    answer = json.dumps(judge.offline_verdict(CHECK_PROMPT, story), ensure_ascii=False)
+    answer = json.dumps(offline.offline_verdict(CHECK_PROMPT, story), ensure_ascii=False)
     verdict = judge.parse_verdict(answer, story)
     assert verdict.score < 0.8
     assert verdict.quote_accuracy == (1.0 if re.search(r"\w", story) else 0.0)
@@ -624,11 +625,11 @@ def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick
 def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_path):
     log, retries = tmp_path / "log.jsonl", 1
     faults = "429:0.1,500:0.1,reset:0.05,truncate:0.05"
-    process, url = judge.serve_in_background(faults=faults, seed=3, log=log)
+    process, url = offline.serve_in_background(faults=faults, seed=3, log=log)
     with process, client(url, retries=retries, concurrency=8) as judging:
         stories = [f"{CHECK_STORY} Number {i} was the last." for i in range(200)]
         futures = [judging.submit(CHECK_PROMPT, story) for story in stories]
-        verdicts = {judge.row_digest(CHECK_PROMPT, s): f.result() for s, f in zip(stories, futures, strict=True)}
+        verdicts = {offline.row_digest(CHECK_PROMPT, s): f.result() for s, f in zip(stories, futures, strict=True)}
         stats = judging.stats()
         process.stdin.close()
     seen = {}
@@ -818,7 +819,7 @@ TALE = (
 
 
 def sq(story, prompt=PROMPT):
-    return judge.parse_verdict(json.dumps(judge.offline_verdict(prompt, story)), story).score
+    return judge.parse_verdict(json.dumps(offline.offline_verdict(prompt, story)), story).score
 
 
 def test_the_offline_judge_orders_drafts():
@@ -862,14 +863,14 @@ def test_the_offline_judge_is_linear_in_hostile_text():
         "&" * 50_000,
         "." * 99_999,
     ):
-        judge.offline_verdict(PROMPT, "A fox. " + text + " b")
+        offline.offline_verdict(PROMPT, "A fox. " + text + " b")
         judge.reward(0.0, text, 100, 10, 0, True)
         judge.parse_verdict(GOOD, text)
     assert time.monotonic() - begin < 8
 
 
 def test_an_offline_verdict_fits_the_schema_and_quotes_the_story():
-    schema, verdict = judge.verdict_schema(), judge.offline_verdict(PROMPT, TALE + " The the the of.")
+    schema, verdict = judge.verdict_schema(), offline.offline_verdict(PROMPT, TALE + " The the the of.")
     assert list(verdict) == schema["required"]
     for key, entry in verdict.items():
         inner = schema["properties"][key]
@@ -881,7 +882,7 @@ def test_an_offline_verdict_fits_the_schema_and_quotes_the_story():
 
 def test_serve_with_the_openai_client():
     openai = pytest.importorskip("openai")
-    process, url = judge.serve_in_background()
+    process, url = offline.serve_in_background()
     with process:
         api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         messages = judge.judge_messages(PROMPT, TALE, "m4rk")
@@ -904,7 +905,7 @@ def test_serve_with_the_openai_client():
 
 def test_the_server_goes_with_a_killed_parent():
     code = (
-        "import judge, os, sys; p, url = judge.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+        "import offline, os; p, url = offline.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(judge.__file__).parent, capture_output=True, text=True, timeout=20

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from worlds import ROOT, World, polaris_main
 
 import judge
+import offline
 import polaris
 from policy import full_tensor
 
@@ -129,7 +130,7 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
 
 def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_path):
     log, out = tmp_path / "judge.jsonl", tmp_path / "run"
-    process, url = judge.serve_in_background(faults="500:0.15,reset:0.1,truncate:0.05", seed=1, log=str(log))
+    process, url = offline.serve_in_background(faults="500:0.15,reset:0.1,truncate:0.05", seed=1, log=str(log))
     argv = [*TINY, "--out", str(out), "--steps", "4", "--judge-url", url, "--judge-retries", "0"]
     run = World(4, polaris_main, argv, log=tmp_path / "log")
     assert run.wait() == [0] * 4, run.text()
@@ -141,7 +142,7 @@ def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_
     for row in rows:
         if not row["story"].strip():
             continue  # nothing to judge
-        judged = judge.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
+        judged = offline.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
         assert (row["reward"] is not None) == judged
         assert (row["verdict"]["score"] is not None) == judged
         if not judged:
@@ -153,7 +154,7 @@ def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_
 
 def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_back(tmp_path):
     log, out = tmp_path / "judge.jsonl", tmp_path / "run"
-    process, url = judge.serve_in_background(log=str(log))
+    process, url = offline.serve_in_background(log=str(log))
     argv = [*TINY, "--out", str(out), "--judge-url", url, "--steps", "4", "--save-every", "10"]
     run = World(2, polaris_main, argv, log=tmp_path / "log")
     wait_for_lines(out / "metrics.jsonl", 2, run)
@@ -184,7 +185,7 @@ def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_bac
     paid = [entry["digest"] for entry in read(log) if entry["outcome"] == "ok"]
     assert max(paid.count(digest) for digest in paid) <= 3  # the ranks' hello, and equal stories written at once
     stories = {
-        judge.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"]) for r in read(out / "rollouts.jsonl")
+        offline.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"]) for r in read(out / "rollouts.jsonl")
     }
     assert all(paid.count(digest) <= 1 for digest in stories)
 
