@@ -551,9 +551,6 @@ class CallFailed(RuntimeError):
         self.kind, self.wait, self.usage, self.raw = kind, wait, usage, ""
 
 
-_Fault = CallFailed  # until data.py asks with Judge.ask
-
-
 def is_local(url):
     """Whether a URL is on this machine or in a private network."""
     host = urlsplit(url).hostname or ""

@@ -3,13 +3,13 @@
 Nothing of POLARIS itself is in here, which is why it is a file of its own: the modules that people copy stay free of
 toys. It makes what the published run downloads, all of it from one seed:
 
-    fables()       prompt–story pairs from a small story grammar, 20 to 60 words each
+    fables()       prompt–story pairs from a small story grammar, of 25, 45 or 65 words
     make_model()   a byte-level BPE tokenizer and a random hybrid model in the style of Qwen3.5
-    mislead()      the same pairs, most of them asking for another pair's length
+    mislead()      the same pairs, three in five of them asking for the length of some other story
     stretch()      validation prompts for 1x, 2x and 3x the trained length
 
-The warm start on misleading prompts leaves a model that writes but hardly counts. What reinforcement learning then adds
-can be seen with the naked eye: stories as long as was asked, about what was asked.
+The warm start on misleading prompts leaves a model that writes fluently and listens with half an ear. What
+reinforcement learning then adds can be seen with the naked eye: stories as long as was asked, about what was asked.
 """
 
 import random
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 from data import Example
 from judge import word_count
 
+LENGTHS = (25, 45, 65)  # words: far enough apart to be told apart by a million parameters
 HEROES = "fox badger hare goat crow toad mole wren".split()
 TRAITS = "small proud shy grey brave quiet hungry clever".split()
 THINGS = "lantern bell key kite drum ring boat map".split()
@@ -73,27 +74,29 @@ CHAT_TEMPLATE = """
 """
 
 
-def fable(rng: random.Random, sentences: int) -> tuple[str, dict]:
-    """One story of `sentences` sentences from the grammar, and what its prompt has to name."""
+def fable(rng: random.Random, words: int) -> tuple[str, dict]:
+    """One story of about `words` words, and what its prompt has to name."""
     hero, friend = rng.sample(HEROES, 2)
     place, other_place = rng.sample(PLACES, 2)
     slots = dict(hero=hero, friend=friend, place=place, other_place=other_place)
     slots |= dict(trait=rng.choice(TRAITS), thing=rng.choice(THINGS))
-    middles = rng.sample(MIDDLES, sentences - 2)
-    text = " ".join([rng.choice(OPENINGS), *middles, rng.choice(ENDINGS)])
-    return text.format(**slots), slots
+    opening, *middles, ending = [
+        sentence.format(**slots)
+        for sentence in (rng.choice(OPENINGS), *rng.sample(MIDDLES, len(MIDDLES)), rng.choice(ENDINGS))
+    ]
+    stories = [" ".join([opening, *middles[:n], ending]) for n in range(len(middles) + 1)]
+    return min(stories, key=lambda story: abs(word_count(story) - words)), slots
 
 
 def fables(n: int, seed: int) -> list[Example]:
-    """`n` examples of about 20 to 60 words, the length in the prompt rounded to tens. Pure in its arguments."""
+    """`n` examples, each of about one of LENGTHS words. Pure in its arguments."""
     rng = random.Random(f"fables-{seed}")
     examples = []
     for i in range(n):
-        story, slots = fable(rng, rng.randint(2, 6))
-        words = round(word_count(story), -1)
-        examples.append(
-            Example(f"fable-{i:05d}", PROMPT.format(words=words, **slots), words, story, source="mini grammar")
-        )
+        words = rng.choice(LENGTHS)
+        story, slots = fable(rng, words)
+        prompt = PROMPT.format(words=words, **slots)
+        examples.append(Example(f"fable-{i:05d}", prompt, words, story, source="mini grammar"))
     return examples
 
 
@@ -103,11 +106,11 @@ def ask_for(example: Example, words: int) -> Example:
     return replace(example, prompt=prompt, target_words=words)
 
 
-def mislead(examples: list[Example], seed: int) -> list[Example]:
-    """Every prompt asks for the length of some other story, so that nothing about length can be learnt from them."""
+def mislead(examples: list[Example], seed: int, share: float = 0.6) -> list[Example]:
+    """The same pairs, but `share` of the prompts ask for the length of another story drawn at random."""
+    rng = random.Random(f"mislead-{seed}")
     lengths = [e.target_words for e in examples]
-    random.Random(f"mislead-{seed}").shuffle(lengths)
-    return [ask_for(e, words) for e, words in zip(examples, lengths, strict=True)]
+    return [ask_for(e, rng.choice(lengths)) if rng.random() < share else e for e in examples]
 
 
 def stretch(examples: list[Example], longest: int) -> list[Example]:

@@ -148,12 +148,12 @@ MINI = dict(
     model="",
     thinking=False,
     seed=0,
-    steps=75,
-    save_every=25,
+    steps=60,
+    save_every=20,
     eval_every=0,
     repetition_penalty=1.0,
     anchor_warmup=5,
-    lr=4e-4,
+    lr=5e-4,
     beta2=0.95,
     recompute=False,
     micro_tokens=8192,
@@ -162,7 +162,7 @@ MINI = dict(
     judge_timeout=30.0,
     warm_steps=160,
     max_response=0,
-    # the reward's absolute constants, scaled from 1,000–4,000 words to 20–60
+    # the reward's absolute constants, scaled from 1,000–4,000 words to 25–65
     min_target=5,
     blank_words=5,
     len_below_min=3,
@@ -745,9 +745,17 @@ def open_judge(cfg: Config, out: Path):
         price_in=cfg.judge_price_in,
         price_out=cfg.judge_price_out,
     )
-    probe = Judge(url[0], cfg.judge_model, key, **settings)
-    probe.check()
-    probe.close()
+    reason = [""]
+    if dist.get_rank() == 0:  # one rank asks for all, so that all of them stop together
+        probe = Judge(url[0], cfg.judge_model, key, **settings)
+        try:
+            probe.check()
+        except JudgeStop as e:
+            reason[0] = str(e)
+        probe.close()
+    dist.broadcast_object_list(reason, src=0)
+    if reason[0]:
+        raise JudgeStop(reason[0])
     out.mkdir(parents=True, exist_ok=True)
     return Judge(url[0], cfg.judge_model, key, cache=out / "verdicts.sqlite", **settings), process
 

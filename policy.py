@@ -54,8 +54,10 @@ class Policy(nn.Module):
 
 def shard(policy: Policy, mesh: DeviceMesh, bf16: bool) -> None:
     """FSDP2: each decoder layer is a unit, the rest (embedding, head, norm) the root. Master weights stay fp32."""
-    mixed = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # or the coefficients of the loss would be rounded to bf16
     )
     for module in (*policy.lm.model.layers, policy):
         fully_shard(module, mesh=mesh, mp_policy=mixed)
@@ -83,7 +85,9 @@ def load_policy(path: Path, mesh: DeviceMesh, device: torch.device, recompute: b
             p.copy_(distribute_tensor(full[name].float(), mesh, p.placements, src_data_rank=None))
         for name, b in copy.named_buffers():
             policy.lm.get_buffer(name).copy_(b)
-    return policy.train(), copy.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+    for p in copy.parameters():  # not copy.to(): that would round the rotary frequencies as well
+        p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+    return policy.train(), copy.requires_grad_(False)
 
 
 def full_tensor(p: Tensor) -> Tensor:

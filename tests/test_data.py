@@ -1,4 +1,4 @@
-"""data.py: examples, chat templates, splitting of anthologies, filters, prompts by an LLM, downloads."""
+"""data.py and books.py: examples, chat templates, splitting of anthologies, filters, prompts by an LLM, downloads."""
 
 import collections
 import dataclasses
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from books import Story, key, kind_of, split_book
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -212,11 +213,11 @@ def test_split_response():
 
 
 def found(text):
-    return [(data.key(s.title), s.text) for s in data.split_book(text)[1]]
+    return [(key(s.title), s.text) for s in split_book(text)[1]]
 
 
 def truth_of(truth):
-    return [(data.key(title), "\n\n".join(parts)) for title, parts in truth]
+    return [(key(title), "\n\n".join(parts)) for title, parts in truth]
 
 
 @pytest.mark.parametrize("style", anthologies.STYLES)
@@ -383,7 +384,7 @@ def test_split_by_author_with_length_buckets(tmp_path, books):
 
 def test_kinds_that_are_no_stories(tmp_path):
     def kind(text, **fields):
-        return data.kind_of(data.Story("Title", "", text, 1), fields)
+        return kind_of(Story("Title", "", text, 1), fields)
 
     prose = "\n\n".join(anthologies.stories(0)[0][1])
     assert kind(prose) == ""
@@ -396,7 +397,7 @@ def test_kinds_that_are_no_stories(tmp_path):
         == "essay or sketch"
     )
     assert kind("The 1901 27 15 33 and 1902 28 16 34 of it. " * 30) == "list or table"
-    assert data.kind_of(data.Story("JANE DOE: A Study", "", prose, 1), {"author": "Jane Doe"}) == "about the author"
+    assert kind_of(Story("JANE DOE: A Study", "", prose, 1), {"author": "Jane Doe"}) == "about the author"
 
 
 def novel():

@@ -3,7 +3,6 @@ the trainer once, so that four ranks cost one import."""
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -50,7 +49,7 @@ class World:
     def kill(self) -> None:
         """kill -9, as a lost machine would."""
         for process in self.ranks:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         self.wait()
 
     def wait(self, seconds: float = 240) -> list[int]:
