@@ -5,7 +5,7 @@ toys. It makes what the published run downloads, all of it from one seed:
 
     fables()       prompt–story pairs from a small story grammar, of 25, 45 or 65 words
     make_model()   a byte-level BPE tokenizer and a random hybrid model in the style of Qwen3.5
-    mislead()      the same pairs, three in five of them asking for the length of some other story
+    mislead()      the same pairs, nearly half of them asking for the length of another story
     stretch()      validation prompts for 1x, 2x and 3x the trained length
 
 The warm start on misleading prompts leaves a model that writes fluently and listens with half an ear. What
@@ -106,7 +106,7 @@ def ask_for(example: Example, words: int) -> Example:
     return replace(example, prompt=prompt, target_words=words)
 
 
-def mislead(examples: list[Example], seed: int, share: float = 0.6) -> list[Example]:
+def mislead(examples: list[Example], seed: int, share: float = 0.45) -> list[Example]:
     """The same pairs, but `share` of the prompts ask for the length of another story drawn at random."""
     rng = random.Random(f"mislead-{seed}")
     lengths = [e.target_words for e in examples]
