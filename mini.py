@@ -3,9 +3,9 @@
 Nothing of POLARIS itself is in here, which is why it is a file of its own: the modules that people copy stay free of
 toys. It makes what the published run downloads, all of it from one seed:
 
-    fables()       prompt–story pairs from a small story grammar, of 25, 45 or 65 words
+    fables()       prompt–story pairs from a small story grammar, of 25 or 60 words
     make_model()   a byte-level BPE tokenizer and a random hybrid model in the style of Qwen3.5
-    mislead()      the same pairs, nearly half of them asking for the length of another story
+    mislead()      the same pairs, three in five of them asking for the length of another story
     stretch()      validation prompts for 1x, 2x and 3x the trained length
 
 The warm start on misleading prompts leaves a model that writes fluently and listens with half an ear. What
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 from data import Example
 from judge import word_count
 
-LENGTHS = (25, 45, 65)  # words: far enough apart to be told apart by a million parameters
+LENGTHS = (25, 60)  # words: so far apart that a million parameters can tell them apart within minutes
 HEROES = "fox badger hare goat crow toad mole wren".split()
 TRAITS = "small proud shy grey brave quiet hungry clever".split()
 THINGS = "lantern bell key kite drum ring boat map".split()
@@ -106,7 +106,7 @@ def ask_for(example: Example, words: int) -> Example:
     return replace(example, prompt=prompt, target_words=words)
 
 
-def mislead(examples: list[Example], seed: int, share: float = 0.45) -> list[Example]:
+def mislead(examples: list[Example], seed: int, share: float = 0.6) -> list[Example]:
     """The same pairs, but `share` of the prompts ask for the length of another story drawn at random."""
     rng = random.Random(f"mislead-{seed}")
     lengths = [e.target_words for e in examples]

@@ -148,12 +148,12 @@ MINI = dict(
     model="",
     thinking=False,
     seed=0,
-    steps=80,
+    steps=60,
     save_every=20,
     eval_every=0,
     repetition_penalty=1.0,
     anchor_warmup=5,
-    lr=7e-4,
+    lr=3e-4,
     beta2=0.95,
     recompute=False,
     micro_tokens=8192,
@@ -162,7 +162,7 @@ MINI = dict(
     judge_timeout=30.0,
     warm_steps=160,
     max_response=0,
-    # the reward's absolute constants, scaled from 1,000–4,000 words to 25–65
+    # the reward's absolute constants, scaled from 1,000–4,000 words to 25–60
     min_target=5,
     blank_words=5,
     len_below_min=3,
