@@ -135,16 +135,12 @@ def load(path: str | Path, *, anchors: bool = True, thinking: bool = False) -> l
 
 def step_examples(examples: list[Example], seed: int, step: int, n: int) -> list[Example]:
     """The n examples of training step `step` (from 1): a pure function of (examples, seed, step), so a resumed run sees
-    what it would have seen. Every epoch is a fresh permutation; a step may straddle two epochs."""
-    order, chosen = {}, []
-    for position in range((step - 1) * n, step * n):
-        epoch, place = divmod(position, len(examples))
-        if epoch not in order:  # sorting by hash: unlike random.shuffle the same on every platform, in every version
-            order[epoch] = sorted(
-                examples, key=lambda e, epoch=epoch: hashlib.sha256(f"{seed}/{epoch}/{e.uid}".encode()).digest()
-            )
-        chosen.append(order[epoch][place])
-    return chosen
+    what it would have seen. Every epoch is a fresh permutation; its last len(examples) % n examples sit that epoch out,
+    since in a step that straddled two epochs one prompt could be two groups."""
+    epoch, place = divmod(step - 1, len(examples) // n)
+    # Sorting by hash: unlike random.shuffle the same on every platform, in every version.
+    order = sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{epoch}/{e.uid}".encode()).digest())
+    return order[place * n : (place + 1) * n]
 
 
 # ----------------------------------------------------------------------------------------------------- chat template

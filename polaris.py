@@ -420,8 +420,8 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row], list[float]]:
     failed = [r for r in rows if r.reward is None]
     if len(failed) > cfg.max_judge_failures * len(rows):
         raise JudgeStop(
-            f"{len(failed)} of {len(rows)} stories of step {step} got no verdict, more than --max-judge-failures "
-            f"{cfg.max_judge_failures:g} allows; the last reason: {failed[-1].verdict.error}"
+            f"{len(failed)} of {len(rows)} stories of step {step} got no verdict from {run.judge.url}, more than "
+            f"--max-judge-failures {cfg.max_judge_failures:g} allows; the last reason: {failed[-1].verdict.error}"
         )
 
     advantages = advantages_of(rows, cfg, weight).tolist()
@@ -538,18 +538,11 @@ def append(path: Path, line: dict) -> None:
         f.write(json.dumps(line) + "\n")
 
 
-def read(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file of ours; none if there is no file."""
-    return [json.loads(line) for line in path.open() if line.endswith("\n")] if path.exists() else []
-
-
 def rewind(path: Path, step: int) -> None:
     """Drop what a killed run wrote after `step`, a half-written last line included."""
-    if not path.exists():
-        return
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step))
-    os.replace(tmp, path)
+    if path.exists():
+        lines, _ = evaluation.read_jsonl(path)
+        evaluation.write_jsonl(path, [line for line in lines if line["step"] <= step])
 
 
 def save_step(run: Run, step: int) -> None:
@@ -586,12 +579,12 @@ def resume(run: Run) -> int | None:
 def warm_start(run: Run, examples: list[Example]) -> None:
     """Supervised steps: `update` with human rows only, each of advantage 1."""
     cfg = run.cfg
-    optimizer = make_optimizer(run.policy, cfg, cfg.warm_lr)
+    optimizer, n_rows = make_optimizer(run.policy, cfg, cfg.warm_lr), min(cfg.warm_rows, len(examples))
     with run.bar(cfg.warm_steps, "warm start") as bar:
         for step in range(1, cfg.warm_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.warm_lr * (1 - 0.9 * (step - 1) / cfg.warm_steps)
-            rows = make_anchors(run, data.step_examples(examples, cfg.seed, step, cfg.warm_rows))
+            rows = make_anchors(run, data.step_examples(examples, cfg.seed, step, n_rows))
             pairs = [(r.prompt_ids, r.response_ids) for r in rows]
             metrics = update(run.policy, optimizer, pairs, [1.0] * len(rows), run.mesh, cfg.micro_tokens, cfg.grad_clip)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}")
@@ -657,7 +650,7 @@ def train(run: Run, warm_examples: list[Example]) -> None:
 
 def last_judge_stats(path: Path) -> dict:
     """What the run has spent on its judge before it was interrupted: the newest line's running totals."""
-    lines = read(path)
+    lines = evaluation.read_jsonl(path)[0] if path.exists() else []
     return lines[-1]["judge"] if lines else {}
 
 
@@ -715,10 +708,15 @@ def load_examples(cfg: Config) -> tuple[list[Example], list[Example], list[Examp
     train = data.load(cfg.data, thinking=cfg.thinking) if cfg.data else mini.fables(1000, cfg.seed)
     evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
     if not evals:
-        held_out = data.step_examples(train, cfg.seed, 1, min(cfg.eval_prompts, len(train) // 5))
+        n_evals = max(1, min(cfg.eval_prompts, len(train) // 5))
+        if len(train) - n_evals < cfg.prompts:
+            raise ConfigError(
+                f"--data {cfg.data}: of {len(train)} stories {n_evals} are held out; the rest is too few for "
+                f"{cfg.prompts} prompts a step: give more stories (`data.py build` with more books or a wider window "
+                "of --min-words to --max-words) or a smaller --prompts"
+            )
+        held_out = data.step_examples(train, cfg.seed, 1, n_evals)
         train = [e for e in train if e not in held_out]
-        if len(train) < cfg.prompts:
-            raise ConfigError(f"--data {cfg.data}: {len(train)} stories are too few for {cfg.prompts} prompts a step")
         evals = mini.stretch(held_out, max(e.target_words for e in train))
     return train, evals, mini.mislead(train, cfg.seed) if cfg.warm_steps else []
 

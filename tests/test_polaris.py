@@ -225,6 +225,7 @@ GOOD = dict(
         ([json.dumps(GOOD | {"story": " "})], "--data d.jsonl", 2, "d.jsonl:1"),
         ([json.dumps(GOOD), json.dumps(GOOD)], "--data d.jsonl", 2, "d.jsonl:2"),
         ([json.dumps(GOOD)], "--data d.jsonl --thinking", 2, "reasoning"),
+        ([json.dumps({"uid": "a", "prompt": "Rain.", "story": "A."})], "--data d.jsonl", 2, "d.jsonl:1: the prompt"),
         ([json.dumps(GOOD)], "--data d.jsonl", 2, "too few"),
         (None, "--preset paper", 2, "--data is missing"),
         (None, "--preset paper --data d.jsonl", 2, "--judge-url is missing"),
