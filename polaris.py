@@ -175,7 +175,11 @@ PRESETS = {"mini": MINI, "paper": {}}
 def parse(argv: list[str]) -> Config:
     """Command line → Config: the preset's values, then what was given. Unknown options end the program with usage."""
     parser = argparse.ArgumentParser(
-        prog="polaris.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="polaris.py",
+        usage="polaris.py [--preset mini|paper] [--OPTION VALUE ...]     (--help lists all options)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for f in fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
@@ -675,8 +679,20 @@ def open_tracker(cfg: Config, out: Path):
     return None
 
 
+def join() -> int:
+    """Join the other ranks; outside torchrun, stand alone. Returns the rank."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Ranks wait for each other's judge calls, which may take several time-outs.
+    patience = timedelta(hours=6)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+    return dist.get_rank()
+
+
 def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
-    """Process group and mesh: one dimension on one node; over nodes, shards inside a node and replicas across."""
+    """Device of this rank, and the mesh: on one node one dimension; over nodes, shards inside and replicas across."""
     local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if cfg.device == "cuda" and gpus < local_world:
         raise ConfigError(
@@ -686,13 +702,6 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # Ranks wait for each other's judge calls, which may take several time-outs.
-    patience = timedelta(hours=6)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
     nodes = dist.get_world_size() // local_world
     if nodes > 1:
         return init_device_mesh(device.type, (nodes, local_world), mesh_dim_names=("replicate", "shard")), device
@@ -817,19 +826,34 @@ def find_model(name: str) -> Path:
     return Path(snapshot_download(name, local_files_only=True))
 
 
+def prepare(argv: list[str]) -> tuple[Config, tuple] | int:
+    """(configuration, examples); or the exit status where there is nothing to run, after saying why."""
+    try:
+        cfg = parse(argv)
+        cfg = replace(cfg, out=cfg.out or f"runs/{cfg.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+        return cfg, load_examples(cfg)
+    except SystemExit as e:  # --help, or an option that does not exist
+        return e.code
+    except (ConfigError, DataError) as e:
+        print(f"\npolaris: {e}", file=sys.stderr)
+        return 2
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0 done, 2 a setting or the data cannot work, 3 the judge failed (go on with --resume)."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    rank = int(os.environ.get("RANK", 0))
+    rank = join()
     try:
-        cfg = parse(argv)
-        cfg = replace(cfg, out=cfg.out or f"runs/{cfg.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-        examples = load_examples(cfg)
+        # Rank 0 reads settings and data for all. What is wrong with them is said once, and before any rank ends:
+        # torchrun kills the others as soon as one has failed.
+        plan = [prepare(argv) if rank == 0 else None]
+        dist.broadcast_object_list(plan, src=0)
+        if isinstance(plan[0], int):
+            return plan[0]
+        cfg, examples = plan[0]
         mesh, device = setup(cfg)
-        names = [cfg.out]
-        dist.broadcast_object_list(names, src=0)  # the ranks' clocks may differ by a second
-        run(cfg, Path(names[0]), mesh, device, examples)
+        run(cfg, Path(cfg.out), mesh, device, examples)
     except (ConfigError, DataError, JudgeStop) as e:
         if rank == 0:
             print(f"\npolaris: {e}", file=sys.stderr)
@@ -837,8 +861,7 @@ def main(argv: list[str]) -> int:
                 print(f"Nothing is lost: go on with --out {cfg.out} --resume once the judge is back.", file=sys.stderr)
         return 3 if isinstance(e, JudgeStop) else 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
     return 0
 
 

@@ -12,8 +12,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ ! -x "$here/.venv/bin/pip" ]; then
     python3 -m venv "$here/.venv" || { echo "train.sh: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 fi
-"$here/.venv/bin/pip" install --disable-pip-version-check -r "$here/requirements.txt" | sed '/already satisfied/d'
+"$here/.venv/bin/pip" install --disable-pip-version-check -r "$here/requirements.txt" | sed '/already satisfied/d; /^Ignoring/d'
 
 # 2. One rank per GPU; without a GPU four ranks on the CPU, so that the miniature is sharded like the real run.
 ranks=$("$here/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count() or 4)')
-exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node="$ranks" "$here/polaris.py" "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what torchrun would set, with a warning
+"$here/.venv/bin/torchrun" --standalone --nproc_per_node="$ranks" "$here/polaris.py" "$@" || {
+    echo "train.sh: the run stopped; above torchrun's report, the line that begins with 'polaris' says why" >&2
+    exit 1
+}

@@ -503,6 +503,7 @@ def step(args):
     bandwidth = copy_bandwidth(device)
     print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s")
     print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call\n")
+    polaris.join()
     mesh, device = polaris.setup(polaris.parse([]))
     process, url = offline.serve_in_background(delay=delay)
     lines = []

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/pip ] || python3 -m venv .venv
-.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt | sed '/already satisfied/d'
+.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt | sed '/already satisfied/d; /^Ignoring/d'
 
 # The CUDA build of torch brings Triton. The CPU build does not, and the tests run the kernels in Triton's interpreter.
 .venv/bin/python -c 'import triton' 2>/dev/null || .venv/bin/pip install --disable-pip-version-check triton==3.6.0

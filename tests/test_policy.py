@@ -32,6 +32,7 @@ def updates(path, rows, advantages, budgets, out):
     import polaris
     from policy import full_tensor, load_policy, update
 
+    polaris.join()
     mesh, device = polaris.setup(polaris.parse(["--device", "cpu"]))
     results = []
     for micro_tokens in budgets:
