@@ -133,9 +133,12 @@ NUMBERING = re.compile(  # "IV. ", "3 -- ", "ADVENTURE I. ", "No. 1--", "II     
     rf"(?:{NUMERAL}(?:[.):]+\s*|\s*(?:--+|[\u2013\u2014])\s*|\s{{2,}})|(?-i:[IVX]{{2,}}) )(?=\S)",
     re.IGNORECASE,
 )
+FIRST = re.compile(r"\b(?:I|1)\b")
 SECTION = re.compile(  # "IV.", "CHAPTER 3", "Part the Second", "FIRST STORY"
     rf"^[\W_]*(?:(?:the )?{DIVISION}\b[\s.]*)?(?:{NUMERAL}\b|(?:the )?{ORDINAL}(?: {DIVISION})?)[\W_]*$", re.IGNORECASE
 )
+PART = re.compile(rf"^[\W_]*(?:the )?{DIVISION}\b|\b{NUMERAL}[\W_]*$", re.IGNORECASE)  # "PART II: THE SEA", "LETTER 3"
+NUMBER = re.compile(rf"\W*(?:(?:adventure|story|tale|no|number)\b\.?\s*)?{NUMERAL}\W*$", re.IGNORECASE)
 FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"(?:the )?(?:(?:author|editor|translator|publisher|transcriber)s? )?(?:"
     r"(?:preface|foreword|introduction|foot ?notes?|end ?notes|appendix|appendices|index)(?: .*)?"
@@ -153,14 +156,17 @@ ATTRIBUTION = re.compile(  # "--_Young._", not "so said Suleiman--Solomon."
     r"|[ _](?:Proverb|Saying|Song|Ballad|Psalm|Anon))\W*$"
 )
 SCENE_BREAK = re.compile(r"^[\s*.·•+=~#_\-\u2013\u2014\u2015]*$")
-NOTE = re.compile(r"^\s*(?:[\[({]\*?(?:\d{1,3}|[A-Z])[\])}]|\*+\s?[A-Za-z\"\u201c_])")
+NOTE = re.compile(r"^\s*(?:[\[({](?:\*+|\*?(?:\d{1,3}|[A-Z]))[\])}]|\*+\s?[A-Za-z\"\u201c_])")
 NOTE_MARK = re.compile(
     r"\s?\[\*?(?:\d{1,3}|[A-Z]|\*+)\]|\{\d{1,3}\}|(?<=\S)\(\*?\d{1,3}\)"
     r"|(?<=[\w.,;:!?'\"\u201d\u2019])\*+(?=[\s.,;:!?'\"\u201d\u2019]|$)"
 )
 LAST_LINE = re.compile(
-    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$|printed (?:in|by|at)\b)", re.I
+    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$|printed (?:in|by|at)(?![^\W_]))", re.I
 )
+LIFESPAN = re.compile(r"\((?:born |b\. )?1\d{3}\s?(?:-+|[\u2013\u2014])\s?(?:1\d{3})?\)")  # of a note on an author: (1832-1910)
+BORN = re.compile(rf"{LIFESPAN.pattern}|\bwas born (?:at|in|on|near)\b")  # under the name of the next story's author
+PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 SENTENCE_END = re.compile(r"[.!?:,;'\"\u2019\u201d\u2014-][)_]*$")
 
 
@@ -198,10 +204,12 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
         if colon and name in ("Title", "Author", "Editor", "Language"):
             fields.setdefault(name.lower(), value.strip())
     blocks, gap = [], 0
+    sizes = [len(list(run)) for full, run in itertools.groupby(lines[first:last], bool) if full]
+    tight = 2 * sum(n for n in sizes if n > 30) > sum(sizes)  # no blank lines between paragraphs: an indent starts one
     for number, line in enumerate(lines[first:last], first + 1):
         if not line:
             gap += 1
-        elif gap or not blocks:
+        elif gap or (tight and line.startswith("  ")) or not blocks or (len(blocks[-1].lines) == 1 and NUMBER.match(blocks[-1].lines[0])):
             blocks.append(Block(number, gap, [line]))
             gap = 0
         else:
@@ -255,10 +263,19 @@ def entry_keys(lines: list[str], cuts: tuple[str, ...] = ()) -> list[str]:
         bare = NUMBERING.sub("", text)
         if about := re.match(r"([^a-z]{3,}?),.*[a-z]", bare):  # "TITLE, concerning Somebody"
             forms[about[1]] = None
-        # cut off "_Author_", "By Author", "(1839)", a page number
-        for cut in (r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", *cuts):
+            # cut off "_Author_", "By Author", "(1839)", a page number, a second column "_Author_", "By Author", "(1839)", a page number
+        for cut in (r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", *cuts):
             forms.update({text: None, bare: None, re.sub(cut, "", bare): None})
     return list({name: None for name in map(key, forms) if name})
+
+
+def is_title(block: Block) -> bool:
+    """Is this a few words, each of them with a capital, that no comma ends?"""
+    line = block.lines[0].strip(" _")
+    short = len(block.lines) <= 3 and len(block.text.split()) <= 16 and len(line) <= 80
+    capitals = all(word[0].isupper() for word in re.findall(r"[^\W\d_]+", block.text) if len(word) > 3)
+    named = re.search("[A-Za-z]{2}", line) and line[-1] not in ",;:" and not FURNITURE.fullmatch(key(line))
+    return bool(short and capitals and named and not SECTION.match(line) and not SOURCE.match(line))
 
 
 def title_case(title: str) -> str:
@@ -309,11 +326,17 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
             worth = len(chain) - 0.02 * (chain[-1][0] - chain[0][0] - len(chain))
             if worth > most:
                 best, most = chain, worth
-    gaps = sorted(blocks[h].gap for _, h in best)
+    gaps = sorted(gap_above(blocks, h) for _, h in best)
     if best and gaps[len(gaps) // 2] < 2:  # headings stand apart; these are phrases that happen to recur
         return []
     upper = 2 * sum(is_caps(blocks[h].lines[0]) for _, h in best) > len(best)
     return [(n, h) for n, h in best if blocks[h].gap > 1 or is_caps(blocks[h].lines[0]) == upper]
+
+
+def gap_above(blocks: list[Block], h: int) -> int:
+    """Blank lines before a heading, or before the short line above it: the author's name."""
+    above = blocks[h - 1].gap if h and len(blocks[h - 1].text.split()) <= 5 else 0
+    return max(blocks[h].gap, above)
 
 
 def rising_chain(options: list[tuple[int, list[int]]]) -> list[tuple[int, int]]:
@@ -376,11 +399,8 @@ def find_styled(blocks: list[Block]) -> list[int]:
     words = [len(block.text.split()) for block in blocks]
     groups: dict[tuple[bool, bool], list[int]] = {}
     for b, block in enumerate(blocks):
-        line = block.lines[0].strip(" _")
-        names = [word for word in re.findall(r"[^\W\d_]+", block.text) if len(word) > 3]
-        short = block.gap > 1 and len(block.lines) <= 3 and len(block.text.split()) <= 16 and len(line) <= 80
-        titled = re.search("[A-Za-z]{2}", line) and line[-1] not in ",;:" and all(name[0].isupper() for name in names)
-        if short and titled and not (SECTION.match(line) or SOURCE.match(line) or FURNITURE.fullmatch(key(line))):
+        if block.gap > 1 and is_title(block):
+            line = block.lines[0].strip(" _")
             groups.setdefault((bool(NUMBERING.match(line)), is_caps(line)), []).append(b)
     for _, found in sorted(groups.items(), reverse=True):  # numbered titles first, then capitals
         for gap in range(max(blocks[b].gap for b in found), 1, -1):
@@ -393,18 +413,60 @@ def find_styled(blocks: list[Block]) -> list[int]:
     return []
 
 
+def find_listed(blocks: list[Block]) -> list[tuple[str, int]]:
+    """(entry, its heading's block) of every contents list: a volume may have its own, before its stories."""
+    chain = find_list(blocks)
+    if not chain:
+        return []
+    entries = [b for b, block in enumerate(blocks) for _ in block.lines]
+    first, rest = entries[chain[0][0]], chain[-1][1] + 1
+    parts = [find_listed(blocks[:first]), fill_list(chain, blocks)]
+    parts += [[(entry, rest + h) for entry, h in find_listed(blocks[rest:])]]
+    # The list of a catalogue at the end of the book names pieces that are much shorter than the stories.
+    ends = [first, parts[2][0][1] if parts[2] else len(blocks), len(blocks)]
+    usual = [median_words([h for _, h in part], end, blocks) for part, end in zip(parts, ends, strict=True)]
+    return [pair for part, words in zip(parts, usual, strict=True) if 4 * words > usual[1] for pair in part]
+
+
+def median_words(heads: list[int], end: int, blocks: list[Block]) -> int:
+    """Of the pieces that start at these blocks and stop before `end`; 0 without any."""
+    pieces = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, end])]
+    return sorted(pieces)[len(pieces) // 2] if pieces else 0
+
+
+def find_forgotten(heads: list[int], blocks: list[Block]) -> list[int]:
+    """Headings that a list leaves out: the one title after another's that stands as they do."""
+    words = [0, *itertools.accumulate(len(block.text.split()) for block in blocks)]
+    gap = sorted(blocks[h].gap for h in heads)[len(heads) // 2]
+    upper = 2 * sum(is_caps(blocks[h].lines[0]) for h in heads) > len(heads)
+    forgotten = []
+    end = next((b for b in range(heads[-1], len(blocks)) if LAST_LINE.match(blocks[b].text)), len(blocks))
+    for a, z in itertools.pairwise([*heads, end]):
+        titles = [b for b in range(a + 1, z) if blocks[b].gap >= max(gap, 3) and is_title(blocks[b])]
+        titles = [b for b in titles if is_caps(blocks[b].lines[0]) == upper and not PART.search(blocks[b].text)]
+        # Several are the parts of one story, a title page, or the author's name above the next title.
+        if len(titles) == 1 and min(words[titles[0]] - words[a], words[z] - words[titles[0]]) > 300:
+            forgotten += titles
+    return forgotten
+
+
 def find_headings(blocks: list[Block]) -> list[int]:
     """Blocks that head a story (or a preface, poem ...: whatever the list names)."""
-    chain = find_list(blocks)
-    pairs = fill_list(chain, blocks) if chain else [(blocks[h].text, h) for h in find_styled(blocks)]
-    bare = {h for _, h in pairs if SECTION.match(blocks[h].lines[0])}
-    numbered = {h for entry, h in pairs if any(NUMBERING.match(x.strip(" _")) for x in (entry, blocks[h].text))} - bare
+    listed = find_listed(blocks)
+    pairs = listed or [(blocks[h].text, h) for h in find_styled(blocks)]
     heads = [h for _, h in pairs]
+    bare = {h for h in heads if SECTION.match(blocks[h].lines[0])}
+    numbers = {h: NUMBERING.match(blocks[h].text.strip(" _")) or NUMBERING.match(entry.strip()) for entry, h in pairs}
+    numbered = {h for h in heads if numbers[h]} - bare
     lengths = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, len(blocks)])]
     average = sum(n for h, n in zip(heads, lengths, strict=True) if h in numbered) / max(1, len(numbered))
-    # A list may name the chapters of its longest story: numbered among titles that are not, and short.
-    chapters = numbered if len(numbered) < len(heads) / 2 and average < 4000 else set()
-    return [h for h in heads if h not in bare | chapters]
+    # A list may name the chapters of its longest story: numbered among titles that are not, and short. Or those of
+    # several: then the numbers start again under titles that have none.
+    titles = [a for a, b in itertools.pairwise(heads) if not numbers[a] and numbers[b] and FIRST.search(numbers[b][0])]
+    several = sum(not FURNITURE.fullmatch(key(blocks[h].lines[0])) for h in titles) > 1
+    chapters = numbered if several or (len(numbered) < len(heads) / 2 and average < 4000) else set()
+    heads = [h for h in heads if h not in bare | chapters]
+    return sorted(heads + find_forgotten(heads, blocks)) if listed else heads
 
 
 # -------------------------------------------------------------------------------------------------- headings -> stories
@@ -432,6 +494,8 @@ def is_front(block: Block, following: Block | None, width: int, margin: int) -> 
         or NOTE.match(text)
         or SOURCE.match(text)
         or text.count("{") > 2  # a table
+        or LIFESPAN.search(text)
+        or re.fullmatch(r"_?To(?: [A-Z][\w.'\u2019-]*){1,5}_?", text)
         or is_verse(block, width)
         or (words < 15 and BYLINE.match(text))
         or (words < 25 and is_caps(text))
@@ -452,6 +516,8 @@ def is_tail(block: Block) -> bool:
         or SECTION.match(text)
         or NOTE.match(text)
         or FOOTNOTES.fullmatch(key(text))
+        or LIFESPAN.search(text)
+        or (len(text.split()) < 40 and PUBLISHED.search(text))
         or (block.gap > 1 and short)
     )
 
@@ -482,11 +548,13 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
             byline = re.sub(r"[\d(\[].*$", "", match[1] or match[2]).strip(" _.,*")
         first += 1
     blocks = blocks[first:]
-    for i in range(max(1, len(blocks) - 12), len(blocks)):  # THE END, the printer, the title page of the next volume
+    for i in range(max(1, len(blocks) - 40), len(blocks)):  # THE END, the printer, the title page of the next volume
         page = blocks[i:]
         after = [word for b in page for word in b.text.split()]
-        titles = len(after) < 80 and sum(word[0].islower() for word in after) < 0.3 * len(after)
-        if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles):
+        titles = len(after) < 300 and sum(word[0].islower() for word in after) < 0.3 * len(after)
+        name = page[0].gap > 1 and len(page[0].text.split()) < 10 and len(after) < 500
+        life = name and any(BORN.search(b.text) for b in page[1:4])
+        if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles) or life:
             blocks = blocks[:i]
             break
     while blocks and is_tail(blocks[-1]):
@@ -549,7 +617,7 @@ def kind_of(story: Story, fields: dict[str, str]) -> str:
     count, n = Counter(words), max(1, len(words))
     share = lambda text: sum(count[word] for word in text.split()) / n  # noqa: E731
     paragraphs = story.text.split("\n\n")
-    speakers = sum(bool(re.match(r"[A-Z][A-Z .'-]{1,30}(?:[.:]|\s*\()|[A-Z][a-z]+:", p)) for p in paragraphs)
+    speakers = sum(bool(re.match(r"[A-Z][A-Z .'-]{1,30}(?:[.:]|\s*\()|[A-Z][a-z]+\.?:", p)) for p in paragraphs)
     past = share("was were had did said went came could would saw looked asked cried told took")
     present = share("is are has have does do can may will be must shall")
     author = key(re.sub(r"\(.*?\)", "", fields.get("author", "")))
