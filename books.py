@@ -123,7 +123,7 @@ END = re.compile(
     r"^\W*END OF (?:THE |THIS )?PROJECT GUTENBERG|^\W*START: FULL LICENSE|^\W*THIS FILE SHOULD BE NAMED", re.IGNORECASE
 )
 BRACKETED = re.compile(  # [Illustration: ...], [Footnote 1: ...], with at most one level of brackets inside
-    r"\[\s*\W*(?:illustration|picture|image|footnote|transcriber)(?:[^\[\]]|\[[^\[\]]*\]){0,3000}\]", re.IGNORECASE
+    r"\[\s*\W*(?:illustration|picture|image|footnote|transcriber|p(?:g|age)\.? \d)(?:[^\[\]]|\[[^\[\]]*\]){0,3000}\]", re.IGNORECASE
 )
 NUMERAL = r"(?:(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})|\d+)"
 ORDINAL = r"(?:one|two|three|four|five|six|seven|eight|nine|ten|first|second|third|fourth|fifth|sixth|seventh|last)"
@@ -162,10 +162,12 @@ NOTE_MARK = re.compile(
     r"|(?<=[\w.,;:!?'\"\u201d\u2019])\*+(?=[\s.,;:!?'\"\u201d\u2019]|$)"
 )
 LAST_LINE = re.compile(
-    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$|printed (?:in|by|at)(?![^\W_]))", re.I
+    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$"
+    r"|printed (?:in|by|at)(?![^\W_]))",
+    re.IGNORECASE,
 )
-LIFESPAN = re.compile(r"\((?:born |b\. )?1\d{3}\s?(?:-+|[\u2013\u2014])\s?(?:1\d{3})?\)")  # of a note on an author: (1832-1910)
-BORN = re.compile(rf"{LIFESPAN.pattern}|\bwas born (?:at|in|on|near)\b")  # under the name of the next story's author
+LIFESPAN = re.compile(r"\((?:born |b\. )?1\d{3}\s?[-\u2013\u2014]+\s?(?:1\d{3})?\)")  # "(1832-1910)": about an author
+BORN = re.compile(rf"{LIFESPAN.pattern}|\bwas born (?:at|in|on|near)\b")
 PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 SENTENCE_END = re.compile(r"[.!?:,;'\"\u2019\u201d\u2014-][)_]*$")
 
@@ -203,17 +205,19 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
         name, colon, value = line.partition(":")
         if colon and name in ("Title", "Author", "Editor", "Language"):
             fields.setdefault(name.lower(), value.strip())
-    blocks, gap = [], 0
     sizes = [len(list(run)) for full, run in itertools.groupby(lines[first:last], bool) if full]
     tight = 2 * sum(n for n in sizes if n > 30) > sum(sizes)  # no blank lines between paragraphs: an indent starts one
+    blocks, gap = [], 0
     for number, line in enumerate(lines[first:last], first + 1):
         if not line:
             gap += 1
-        elif gap or (tight and line.startswith("  ")) or not blocks or (len(blocks[-1].lines) == 1 and NUMBER.match(blocks[-1].lines[0])):
-            blocks.append(Block(number, gap, [line]))
-            gap = 0
-        else:
+            continue
+        inside = blocks and not gap and not (tight and line.startswith("  "))
+        if inside and not (len(blocks[-1].lines) == 1 and NUMBER.match(blocks[-1].lines[0])):
             blocks[-1].lines.append(line)
+        else:
+            blocks.append(Block(number, gap, [line]))
+        gap = 0
     for number, block in itertools.pairwise(blocks):
         if SECTION.match(number.text):  # "IV", then the title: the gap before both counts
             block.gap = max(block.gap, number.gap)
@@ -239,7 +243,7 @@ def is_caps(text: str) -> bool:
 def clean_title(text: str) -> str:
     """A heading without numbering, italics, note marks and "[Written in 1865]"."""
     bare = NOTE_MARK.sub("", NUMBERING.sub("", text.replace("_", " ").strip()))
-    return re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", bare).strip(" .") or text.strip()
+    return re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", bare).strip(" .,;:") or text.strip()
 
 
 def heading_keys(block: Block) -> dict[str, int]:
@@ -263,8 +267,8 @@ def entry_keys(lines: list[str], cuts: tuple[str, ...] = ()) -> list[str]:
         bare = NUMBERING.sub("", text)
         if about := re.match(r"([^a-z]{3,}?),.*[a-z]", bare):  # "TITLE, concerning Somebody"
             forms[about[1]] = None
-            # cut off "_Author_", "By Author", "(1839)", a page number, a second column "_Author_", "By Author", "(1839)", a page number
-        for cut in (r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", *cuts):
+        # cut off "_Author_", "By Author", "(1839)", a page number, another column
+        for cut in (r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", r"[;:,] [Oo][Rr]\b.*$", *cuts):
             forms.update({text: None, bare: None, re.sub(cut, "", bare): None})
     return list({name: None for name in map(key, forms) if name})
 
@@ -335,8 +339,8 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
 
 def gap_above(blocks: list[Block], h: int) -> int:
     """Blank lines before a heading, or before the short line above it: the author's name."""
-    above = blocks[h - 1].gap if h and len(blocks[h - 1].text.split()) <= 5 else 0
-    return max(blocks[h].gap, above)
+    above = blocks[h - 1]
+    return max(blocks[h].gap, above.gap if h and is_title(above) and len(above.text.split()) <= 5 else 0)
 
 
 def rising_chain(options: list[tuple[int, list[int]]]) -> list[tuple[int, int]]:
@@ -414,24 +418,23 @@ def find_styled(blocks: list[Block]) -> list[int]:
 
 
 def find_listed(blocks: list[Block]) -> list[tuple[str, int]]:
-    """(entry, its heading's block) of every contents list: a volume may have its own, before its stories."""
+    """(entry, its heading's block) of every contents list: each volume may have its own, before its stories."""
     chain = find_list(blocks)
     if not chain:
         return []
-    entries = [b for b, block in enumerate(blocks) for _ in block.lines]
-    first, rest = entries[chain[0][0]], chain[-1][1] + 1
-    parts = [find_listed(blocks[:first]), fill_list(chain, blocks)]
-    parts += [[(entry, rest + h) for entry, h in find_listed(blocks[rest:])]]
-    # The list of a catalogue at the end of the book names pieces that are much shorter than the stories.
-    ends = [first, parts[2][0][1] if parts[2] else len(blocks), len(blocks)]
-    usual = [median_words([h for _, h in part], end, blocks) for part, end in zip(parts, ends, strict=True)]
-    return [pair for part, words in zip(parts, usual, strict=True) if 4 * words > usual[1] for pair in part]
+    start = [b for b, block in enumerate(blocks) for _ in block.lines][chain[0][0]]
+    rest = chain[-1][1] + 1
+    before, pairs = find_listed(blocks[:start]), fill_list(chain, blocks)
+    after = [(entry, rest + h) for entry, h in find_listed(blocks[rest:])]
+    enough = usual_words(pairs, blocks) / 4  # the sections of a publisher's catalogue are shorter
+    return [pair for part in (before, pairs, after) if usual_words(part, blocks) > enough for pair in part]
 
 
-def median_words(heads: list[int], end: int, blocks: list[Block]) -> int:
-    """Of the pieces that start at these blocks and stop before `end`; 0 without any."""
-    pieces = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, end])]
-    return sorted(pieces)[len(pieces) // 2] if pieces else 0
+def usual_words(pairs: list[tuple[str, int]], blocks: list[Block]) -> int:
+    """Median length of the pieces between these headings; 0 if there are none."""
+    heads = [h for _, h in pairs]
+    words = sorted(sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise(heads))
+    return words[len(words) // 2] if words else 0
 
 
 def find_forgotten(heads: list[int], blocks: list[Block]) -> list[int]:
@@ -484,10 +487,10 @@ def is_verse(block: Block, width: int) -> bool:
     return len(starts) > 1 and capitals >= 0.7 and free >= 0.6 * (len(starts) - 1)
 
 
-def is_front(block: Block, following: Block | None, width: int, margin: int) -> bool:
+def is_front(block: Block, following: list[Block], width: int, margin: int) -> bool:
     """Is this block before the prose of a story something else: byline, source, epigraph, dedication, section ...?"""
     text, words = block.text, len(block.text.split())
-    note = following.text if following and len(following.text.split()) < 10 else ""
+    note = following[0].text if following and len(following[0].text.split()) < 10 else ""
     return bool(
         SCENE_BREAK.match(text)
         or SECTION.match(text)
@@ -542,19 +545,22 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
             break
         words += len(block.text.split())
     first, byline = 0, ""
-    while first < len(blocks) and is_front(blocks[first], (blocks[first + 1 :] or [None])[0], width, margin):
+    # A note on the author may have several paragraphs: the story starts after the next gap.
+    note = next((i for i, block in enumerate(blocks[:6]) if LIFESPAN.search(block.text)), len(blocks))
+    start = next((i for i in range(note + 1, min(note + 9, len(blocks))) if blocks[i].gap > 1), 0)
+    while first < len(blocks) and (first < start or is_front(blocks[first], blocks[first + 1 :], width, margin)):
         match = BYLINE.match(blocks[first].text)
         if match and not byline and len(match[0].split()) < 10:
             byline = re.sub(r"[\d(\[].*$", "", match[1] or match[2]).strip(" _.,*")
         first += 1
     blocks = blocks[first:]
-    for i in range(max(1, len(blocks) - 40), len(blocks)):  # THE END, the printer, the title page of the next volume
-        page = blocks[i:]
+    for i in range(max(1, len(blocks) - 40), len(blocks)):  # THE END, the printer, the next title page, a poem ...
+        page, apart = blocks[i:], blocks[i].gap > 1 and is_title(blocks[i])
         after = [word for b in page for word in b.text.split()]
         titles = len(after) < 300 and sum(word[0].islower() for word in after) < 0.3 * len(after)
-        name = page[0].gap > 1 and len(page[0].text.split()) < 10 and len(after) < 500
-        life = name and any(BORN.search(b.text) for b in page[1:4])
-        if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles) or life:
+        poem = apart and page[1:] and all(is_verse(b, width) for b in page[1:])
+        author = apart and len(after) < 500 and any(BORN.search(b.text) for b in page[1:4])  # of the next story
+        if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles) or poem or author:
             blocks = blocks[:i]
             break
     while blocks and is_tail(blocks[-1]):
