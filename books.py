@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not raw.strip():
         raise DataError(f"{path}: the file is empty; fetch it again, e.g. with `python data.py gutenberg`")
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path) or path.suffix.lower() == ".epub":
         return epub_text(path)
     if b"\0" in raw:
         raise DataError(f"{path}: holds binary data; give plain text (UTF-8) or EPUB")
@@ -122,8 +122,11 @@ START = re.compile(r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END\W*THE S
 END = re.compile(
     r"^\W*END OF (?:THE |THIS )?PROJECT GUTENBERG|^\W*START: FULL LICENSE|^\W*THIS FILE SHOULD BE NAMED", re.IGNORECASE
 )
-BRACKETED = re.compile(  # [Illustration: ...], [Footnote 1: ...], with at most one level of brackets inside
-    r"\[\s*\W*(?:illustration|picture|image|footnote|transcriber|p(?:g|age)\.? \d)(?:[^\[\]]|\[[^\[\]]*\]){0,3000}\]", re.IGNORECASE
+BRACKETED = re.compile(  # [Illustration: ...], [Footnote 1: ... [a] ...], [Pg 9], [* ...]: at most one level inside
+    r"\[\s*\W*(?:illustration|picture|image|decoration|footnote|transcriber|p(?:g|age)\.? \d)"
+    r"(?:[^\[\]]|\[[^\[\]]*\]){0,3000}\]"
+    r"|\[\*+ [^\[\]]{0,1000}\]",
+    re.IGNORECASE,
 )
 NUMERAL = r"(?:(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})|\d+)"
 ORDINAL = r"(?:one|two|three|four|five|six|seven|eight|nine|ten|first|second|third|fourth|fifth|sixth|seventh|last)"
@@ -133,12 +136,13 @@ NUMBERING = re.compile(  # "IV. ", "3 -- ", "ADVENTURE I. ", "No. 1--", "II     
     rf"(?:{NUMERAL}(?:[.):]+\s*|\s*(?:--+|[\u2013\u2014])\s*|\s{{2,}})|(?-i:[IVX]{{2,}}) )(?=\S)",
     re.IGNORECASE,
 )
-FIRST = re.compile(r"\b(?:I|1)\b")
 SECTION = re.compile(  # "IV.", "CHAPTER 3", "Part the Second", "FIRST STORY"
     rf"^[\W_]*(?:(?:the )?{DIVISION}\b[\s.]*)?(?:{NUMERAL}\b|(?:the )?{ORDINAL}(?: {DIVISION})?)[\W_]*$", re.IGNORECASE
 )
 PART = re.compile(rf"^[\W_]*(?:the )?{DIVISION}\b|\b{NUMERAL}[\W_]*$", re.IGNORECASE)  # "PART II: THE SEA", "LETTER 3"
-NUMBER = re.compile(rf"\W*(?:(?:adventure|story|tale|no|number)\b\.?\s*)?{NUMERAL}\W*$", re.IGNORECASE)
+CHAPTER = re.compile(rf"\W*chap(?:ter)?\b[\s.]*(?:{NUMERAL}|{ORDINAL})\b", re.IGNORECASE)  # "CHAPTER I. THE ROAD"
+NUMBER = re.compile(rf"\W*(?:(?:adventure|story|tale|no|number)\b\.?\s*)?{NUMERAL}\W*$", re.IGNORECASE)  # above a title
+FIRST = re.compile(r"\b(?:I|1)\b")
 FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"(?:the )?(?:(?:author|editor|translator|publisher|transcriber)s? )?(?:"
     r"(?:preface|foreword|introduction|foot ?notes?|end ?notes|appendix|appendices|index)(?: .*)?"
@@ -146,6 +150,8 @@ FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"|dedication|acknowledge?ments?|glossary|bibliography|errata|addenda|(?:list of )?illustrations|the end|finis|end"
     r"|l ?envoi|by the same author)"
 )
+# What an entry may have besides its title: "_Author_", "By Author", "(1839)", a page, another column, "; or, ..."
+CUTS = r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", r"[;:,] [Oo][Rr]\b.*$"
 FOOTNOTES = re.compile(r"foot ?notes?(?: .{0,40})?")  # these may close a section, and the story goes on
 BYLINE = re.compile(
     r"^[\s_(*\[]*by\b[:\s]+(\S.*)$|^_([A-Z][\w.]*(?: [A-Z][\w.'\u2019-]*){1,3})_(?: \(.*\))?$", re.IGNORECASE
@@ -155,19 +161,19 @@ ATTRIBUTION = re.compile(  # "--_Young._", not "so said Suleiman--Solomon."
     r"(?:(?:^|(?<=[\W_]))(?:--|[\u2014\u2013])\s*_?[A-Z][\w.,'\u2019\" ]{1,60}"
     r"|[ _](?:Proverb|Saying|Song|Ballad|Psalm|Anon))\W*$"
 )
+STARS = re.compile(r"^\s*(?:\*\s*){3,}$")
 SCENE_BREAK = re.compile(r"^[\s*.·•+=~#_\-\u2013\u2014\u2015]*$")
 NOTE = re.compile(r"^\s*(?:[\[({](?:\*+|\*?(?:\d{1,3}|[A-Z]))[\])}]|\*+\s?[A-Za-z\"\u201c_])")
 NOTE_MARK = re.compile(
-    r"\s?\[\*?(?:\d{1,3}|[A-Z]|\*+)\]|\{\d{1,3}\}|(?<=\S)\(\*?\d{1,3}\)"
+    r"\s?\[\*?(?:\d{1,3}|[A-Z]|\*+)\]|\{\d{1,3}\}|(?<=\S)\(\d{1,3}\)|\s?\(\*\d{1,3}\)"
     r"|(?<=[\w.,;:!?'\"\u201d\u2019])\*+(?=[\s.,;:!?'\"\u201d\u2019]|$)"
 )
 LAST_LINE = re.compile(
     r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$"
-    r"|printed (?:in|by|at)(?![^\W_]))",
+    r"|printed (?:in|by|at)(?![^\W_]).{0,80}$)",
     re.IGNORECASE,
 )
 LIFESPAN = re.compile(r"\((?:born |b\. )?1\d{3}\s?[-\u2013\u2014]+\s?(?:1\d{3})?\)")  # "(1832-1910)": about an author
-BORN = re.compile(rf"{LIFESPAN.pattern}|\bwas born (?:at|in|on|near)\b")
 PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 SENTENCE_END = re.compile(r"[.!?:,;'\"\u2019\u201d\u2014-][)_]*$")
 
@@ -212,11 +218,12 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
         if not line:
             gap += 1
             continue
-        inside = blocks and not gap and not (tight and line.startswith("  "))
-        if inside and not (len(blocks[-1].lines) == 1 and NUMBER.match(blocks[-1].lines[0])):
-            blocks[-1].lines.append(line)
-        else:
+        above = blocks[-1].lines if blocks else []
+        alone = len(above) == 1 and NUMBER.match(above[0]) or any(map(STARS.match, [line, *above[-1:]]))
+        if gap or not above or alone or (tight and line.startswith("  ")):
             blocks.append(Block(number, gap, [line]))
+        else:
+            above.append(line)
         gap = 0
     for number, block in itertools.pairwise(blocks):
         if SECTION.match(number.text):  # "IV", then the title: the gap before both counts
@@ -267,8 +274,7 @@ def entry_keys(lines: list[str], cuts: tuple[str, ...] = ()) -> list[str]:
         bare = NUMBERING.sub("", text)
         if about := re.match(r"([^a-z]{3,}?),.*[a-z]", bare):  # "TITLE, concerning Somebody"
             forms[about[1]] = None
-        # cut off "_Author_", "By Author", "(1839)", a page number, another column
-        for cut in (r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", r"[;:,] [Oo][Rr]\b.*$", *cuts):
+        for cut in (*CUTS, *cuts):
             forms.update({text: None, bare: None, re.sub(cut, "", bare): None})
     return list({name: None for name in map(key, forms) if name})
 
@@ -339,8 +345,9 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
 
 def gap_above(blocks: list[Block], h: int) -> int:
     """Blank lines before a heading, or before the short line above it: the author's name."""
-    above = blocks[h - 1]
-    return max(blocks[h].gap, above.gap if h and is_title(above) and len(above.text.split()) <= 5 else 0)
+    above, title = blocks[h - 1], blocks[h]
+    named = h and is_title(title) and is_title(above) and len(above.text.split()) <= 5
+    return max(title.gap, above.gap) if named else title.gap
 
 
 def rising_chain(options: list[tuple[int, list[int]]]) -> list[tuple[int, int]]:
@@ -459,6 +466,7 @@ def find_headings(blocks: list[Block]) -> list[int]:
     pairs = listed or [(blocks[h].text, h) for h in find_styled(blocks)]
     heads = [h for _, h in pairs]
     bare = {h for h in heads if SECTION.match(blocks[h].lines[0])}
+    bare |= {h for entry, h in pairs if any(map(CHAPTER.match, (entry, blocks[h].text, blocks[max(0, h - 1)].text)))}
     numbers = {h: NUMBERING.match(blocks[h].text.strip(" _")) or NUMBERING.match(entry.strip()) for entry, h in pairs}
     numbered = {h for h in heads if numbers[h]} - bare
     lengths = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, len(blocks)])]
@@ -469,6 +477,8 @@ def find_headings(blocks: list[Block]) -> list[int]:
     several = sum(not FURNITURE.fullmatch(key(blocks[h].lines[0])) for h in titles) > 1
     chapters = numbered if several or (len(numbered) < len(heads) / 2 and average < 4000) else set()
     heads = [h for h in heads if h not in bare | chapters]
+    if len(heads) < 2:
+        return heads if listed else []
     return sorted(heads + find_forgotten(heads, blocks)) if listed else heads
 
 
@@ -545,21 +555,21 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
             break
         words += len(block.text.split())
     first, byline = 0, ""
-    # A note on the author may have several paragraphs: the story starts after the next gap.
-    note = next((i for i, block in enumerate(blocks[:6]) if LIFESPAN.search(block.text)), len(blocks))
-    start = next((i for i in range(note + 1, min(note + 9, len(blocks))) if blocks[i].gap > 1), 0)
-    while first < len(blocks) and (first < start or is_front(blocks[first], blocks[first + 1 :], width, margin)):
-        match = BYLINE.match(blocks[first].text)
+    while first < len(blocks) and is_front(blocks[first], blocks[first + 1 :], width, margin):
+        text = blocks[first].text
+        match = BYLINE.match(text)
         if match and not byline and len(match[0].split()) < 10:
             byline = re.sub(r"[\d(\[].*$", "", match[1] or match[2]).strip(" _.,*")
         first += 1
+        if LIFESPAN.search(text) and len(text.split()) > 15:  # a note on the author may have several paragraphs
+            first = next((i for i in range(first, min(first + 3, len(blocks))) if blocks[i].gap > 1), first)
     blocks = blocks[first:]
     for i in range(max(1, len(blocks) - 40), len(blocks)):  # THE END, the printer, the next title page, a poem ...
         page, apart = blocks[i:], blocks[i].gap > 1 and is_title(blocks[i])
         after = [word for b in page for word in b.text.split()]
         titles = len(after) < 300 and sum(word[0].islower() for word in after) < 0.3 * len(after)
         poem = apart and page[1:] and all(is_verse(b, width) for b in page[1:])
-        author = apart and len(after) < 500 and any(BORN.search(b.text) for b in page[1:4])  # of the next story
+        author = apart and len(after) < 500 and any(LIFESPAN.search(b.text) for b in page[1:4])  # of what follows
         if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles) or poem or author:
             blocks = blocks[:i]
             break
@@ -573,7 +583,7 @@ QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '
 
 def paragraph(block: Block, width: int) -> str:
     """A block as text: wrapping undone (not of verse), italics, quotation marks and dashes normalised, notes out."""
-    if NOTE.match(block.text) or FOOTNOTES.fullmatch(key(block.text)):
+    if NOTE.match(block.text) or FOOTNOTES.fullmatch(key(block.text)) or "http://" in block.text:
         return ""
     if SCENE_BREAK.match(block.text):
         return "***"
@@ -581,7 +591,7 @@ def paragraph(block: Block, width: int) -> str:
         text = "\n".join(line.strip() for line in block.lines)
     else:
         text = re.sub(r"(?<=[\w-])- (?=[a-z])", "-", block.text)
-    text = NOTE_MARK.sub("", text)
+    text = re.sub(r"\[(?:[=:^~.)(/'`,]|(?=oe|OE))([A-Za-z]{1,2})\]", r"\1", NOTE_MARK.sub("", text))  # "[=e]"
     text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", text).translate(QUOTES)
     text = re.sub(r"-{2,}|\u2014", "\u2014", re.sub(r"(?<=\w)(--|\u2014) (?=\w)", r"\1", text))
     return re.sub(r" {2,}", " ", text).strip()
@@ -606,6 +616,8 @@ def split_book(text: str) -> tuple[dict[str, str], list[Story]]:
         under = [Block(block.line + 1, 1, block.lines[1:])] if block.lines[1:] else []
         body, byline = cut_story(clean_title(title), under + blocks[head + 1 : stop], width, margin)
         text = "\n\n".join(filter(None, (paragraph(b, width) for b in body)))
+        if "(1)" in text:  # a note, as are the others
+            text = re.sub(r"\s?\(\d{1,2}\)", "", text)
         half_title = similarity(key(block.text), key(fields.get("title", ""))) > 0.85 and len(text.split()) < 300
         if text and not half_title:
             various = author_key(fields.get("author", "")) == "" or "editor" in fields
@@ -672,7 +684,9 @@ def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict, lis
     fields, stories = split_book(text)
     if not stories:
         found = len(find_headings(blocks_of(text)[1]))
-        what = f"{found} pieces of verse" if found else "no list of contents and no story headings; one single work?"
+        what = (
+            f"no story, {found} pieces of verse" if found else "no list of contents, no story headings; a single work?"
+        )
         return f"{path}: {what}", fields, []
     pieces = []
     for story in stories:
