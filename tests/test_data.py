@@ -5,7 +5,10 @@ import dataclasses
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -663,6 +666,37 @@ def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(tmp_
     again = FakeLLM()
     llm_build(tmp_path, books[:2], again)
     assert not again.paid and "24 answers were there already" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
+    made, first, waiting, killed = FakeLLM(), FakeLLM(faults=2), [], threading.Event()
+
+    def stalls(path, body):  # after five answers: when all three workers wait, what was paid is on the disk
+        if len(first.paid) < 5:
+            return first(path, body)
+        waiting.append(path)
+        killed.wait(60)
+        return 503, {}, b""
+
+    server, url = serve(stalls)
+    llm = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m", "--llm-concurrency", "3"]
+    words = ["--min-words", "300", "--max-words", "600", "--out", str(tmp_path / "train.jsonl")]
+    process = subprocess.Popen([sys.executable, data.__file__, "build", str(books[0]), *words, *llm])
+    while len(waiting) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed.set()
+    paid = set(first.paid)
+    server.shutdown()
+    server.server_close()
+    assert not (tmp_path / "train.jsonl").exists()
+    rest = FakeLLM()
+    llm_build(tmp_path, books[:1], rest)
+    llm_build(tmp_path, books[:1], made, name="whole.jsonl")
+    assert not paid & set(rest.paid) and len(paid) + len(rest.paid) == len(made.paid) == 12
+    assert (tmp_path / "train.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_llm_dry_run_asks_nothing(tmp_path, books, capsys):
