@@ -7,13 +7,15 @@ asked of it, so no list has to be labelled, numbered, or spelt in any one way:
 
 1. Every line that comes back as a heading is tried as the first entry; the list ends before that heading. The longest
    chain of entries whose headings rise with them is the list (`find_list`); an entry that is spelt otherwise takes the
-   most similar heading between its neighbours' (`fill_list`).
+   most similar heading between its neighbours' (`fill_list`). Each volume of a set may have its own list
+   (`find_listed`), and a list may have left out a story (`find_forgotten`).
 2. Where nothing recurs, headings are the short blocks that share one style (capitals or not, numbered or not) and the
    widest gaps (`find_styled`).
-3. Stories start at these headings; sections (I, II, CHAPTER, named parts) stay inside because no list names them.
+3. Stories start at these headings. Sections (I, II, named parts) stay inside, because no list names them, and so do
+   chapters that a list names: a book that has nothing else is a single work (`find_headings`).
 4. Each piece loses what is not its prose (`cut_story`): at its head the byline, source, epigraph, dedication,
-   biographical note and first section number; at its end the next title page and printer's lines; and, paragraph by
-   paragraph, notes and illustration marks.
+   biographical note and first section number; at its end the next title page, a poem with a heading of its own and
+   printer's lines; and, paragraph by paragraph, notes, page numbers and illustration marks.
 5. What is no English narrative prose is named: verse, play, list, essay (`kind_of`). Rules decide; a few slip through.
 
 The method is ours. `read_book` is the way in; `python data.py build BOOK.txt ... --show` prints what it finds.
@@ -295,9 +297,9 @@ def title_case(title: str) -> str:
 
 
 def author_key(author: str) -> str:
-    """Of "Saki (H. H. Munro)" and "SAKI" alike; "" for various authors."""
-    name = key(re.sub(r"[\[(].*?[\])]|\b(?:editor|tr)\b.*", "", author))
-    return "" if name in ("various", "anonymous", "unknown") else name
+    """The surname: "Anton P. CHEKHOV" and "Anton Chekhov" are one (and so are two Jameses); "" for various authors."""
+    name = key(re.sub(r"[\[(].*?[\])]|\b(?:editor|tr)\b.*", "", author)).split()
+    return "" if not name or name[-1] in ("various", "anonymous", "unknown") else name[-1]
 
 
 # --------------------------------------------------------------------------------------------------- blocks -> headings
@@ -651,7 +653,7 @@ def kind_of(story: Story, fields: dict[str, str]) -> str:
         return "list or table"
     if " " in author and author in key(story.title):
         return "about the author"
-    # An essay speaks of what is, without persons or talk. Of 1,304 pieces looked at, few narrative ones fall here.
+    # An essay speaks of what is, without persons or talk. 20 of 884 pieces of 950 to 4,049 words are such; 3 are tales.
     talk = sum('"' in p or " '" in p for p in paragraphs) / len(paragraphs)
     if past < 0.4 * (past + present) and share("he she him her his i me my they") < 0.045 and talk < 0.6:
         return "essay or sketch"

@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import anthologies
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from books import Story, key, kind_of, split_book
+from books import Story, author_key, key, kind_of, read_text, split_book
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -368,6 +369,21 @@ def test_paragraphs_without_blank_lines_between():
     assert found(text) == truth_of(truth)
 
 
+REAL = Path(__file__).parents[2] / "shared/anthologies"
+
+
+@pytest.mark.skipif(not (REAL / "gold_toc.json").exists(), reason="needs real books with a list of contents by hand")
+def test_real_books_are_split_as_their_contents_were_listed_by_hand():
+    for book, gold in json.loads((REAL / "gold_toc.json").read_text("utf-8")).items():
+        stories = split_book(read_text(REAL / f"{book}.txt"))[1]
+        starts = [key(re.sub("_|--|\u2014", " ", text)).split()[:4] for text in (s.text for s in stories)]
+        assert starts == [key(re.sub("_|--|\u2014", " ", truth["first6"])).split()[:4] for truth in gold["stories"]]
+        for story, truth in zip(stories, gold["stories"], strict=True):
+            assert abs(len(story.text.split()) / truth["words_body"] - 1) < 0.003
+            others = {key(other.title) for other in stories} - {key(story.title)}
+            assert not others & set(map(key, story.text.split("\n\n")))
+
+
 def test_no_gutenberg_text_survives_any_marker_spelling():
     text, truth = anthologies.anthology("capitals")
     for start, end in (
@@ -435,6 +451,12 @@ def test_split_by_author_with_length_buckets(tmp_path, books):
     assert not authors[0] & authors[1] and len(train) + len(test) == 24 and len(test) == 6
     assert [sum(low <= e.target_words < high for e in test) for low, high in data.BUCKETS] == [1] * 6
     assert all(not e.story and e.prompt.endswith(f"{e.target_words} words long.") for e in test)
+
+
+def test_one_author_in_several_spellings_is_one():
+    same = ["Anton Chekhov", "ANTON P. CHEKHOV", "Chekhov", "Anton Chekhov (tr. Constance Garnett)"]
+    assert {author_key(name) for name in same} == {"chekhov"}
+    assert author_key("Various") == author_key("Various; J. L. French (editor)".split(";")[0]) == author_key("") == ""
 
 
 def test_kinds_that_are_no_stories(tmp_path):
