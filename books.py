@@ -152,8 +152,9 @@ FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"|dedication|acknowledge?ments?|glossary|bibliography|errata|addenda|(?:list of )?illustrations|the end|finis|end"
     r"|l ?envoi|by the same author)"
 )
-# What an entry may have besides its title: "_Author_", "By Author", "(1839)", a page, another column, "; or, ..."
-CUTS = r"\s_.*$", r"[\s.,:]+\(?[Bb][Yy]\b.*$", r"\s*[\[(].*$", r"\s+\d+$", r"\s{2,}\S.*$", r"[;:,] [Oo][Rr]\b.*$"
+# What an entry may have after its title: "_Author_", "By Author", "(1839)", a page, another column, "; or, ..."
+CUT = re.compile(r"\s_|[\s.,:]+\(?[Bb][Yy]\b|\s*[\[(]|\s+\d+$|\s{2,}\S|[;:,] [Oo][Rr]\b")
+CUT_AT_COMMA = re.compile(CUT.pattern + "|,")
 FOOTNOTES = re.compile(r"foot ?notes?(?: .{0,40})?")  # these may close a section, and the story goes on
 BYLINE = re.compile(
     r"^[\s_(*\[]*by\b[:\s]+(\S.*)$|^_([A-Z][\w.]*(?: [A-Z][\w.'\u2019-]*){1,3})_(?: \(.*\))?$", re.IGNORECASE
@@ -268,7 +269,7 @@ def heading_keys(block: Block) -> dict[str, int]:
     return keys
 
 
-def entry_keys(lines: list[str], cuts: tuple[str, ...] = ()) -> list[str]:
+def entry_keys(lines: list[str], cut: re.Pattern = CUT) -> list[str]:
     """Titles that a line of a contents list, with the lines over which it may be wrapped, may stand for."""
     forms: dict[str, None] = {}  # an ordered set
     for n in range(1, len(lines) + 1):
@@ -276,8 +277,7 @@ def entry_keys(lines: list[str], cuts: tuple[str, ...] = ()) -> list[str]:
         bare = NUMBERING.sub("", text)
         if about := re.match(r"([^a-z]{3,}?),.*[a-z]", bare):  # "TITLE, concerning Somebody"
             forms[about[1]] = None
-        for cut in (*CUTS, *cuts):
-            forms.update({text: None, bare: None, re.sub(cut, "", bare): None})
+        forms |= dict.fromkeys([text, bare, *(bare[: match.start()] for match in cut.finditer(bare))])
     return list({name: None for name in map(key, forms) if name})
 
 
@@ -382,7 +382,7 @@ def fill_list(chain: list[tuple[int, int]], blocks: list[Block]) -> list[tuple[s
             b, line = lines[n]
             if b >= chain[0][1] or len(line.strip()) > 90 or SECTION.match(line) or SOURCE.match(line):
                 continue
-            names = entry_keys([line], cuts=(r",.*$",))
+            names = entry_keys([line], CUT_AT_COMMA)
             scored = [
                 (max((same_entry(a, b) for a in names for b in heading_keys(blocks[h])), default=0), -h)
                 for h in range(h1 + 1, h2)
@@ -474,10 +474,11 @@ def find_headings(blocks: list[Block]) -> list[int]:
     lengths = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, len(blocks)])]
     average = sum(n for h, n in zip(heads, lengths, strict=True) if h in numbered) / max(1, len(numbered))
     # A list may name the chapters of its longest story: numbered among titles that are not, and short. Or those of
-    # several: then the numbers start again under titles that have none.
+    # several: then the numbers start again under titles that have none (and are no "PART ONE", which holds stories).
     titles = [a for a, b in itertools.pairwise(heads) if not numbers[a] and numbers[b] and FIRST.search(numbers[b][0])]
-    several = sum(not FURNITURE.fullmatch(key(blocks[h].lines[0])) for h in titles) > 1
-    chapters = numbered if several or (len(numbered) < len(heads) / 2 and average < 4000) else set()
+    titles = [h for h in titles if not PART.search(blocks[h].text) and not FURNITURE.fullmatch(key(blocks[h].lines[0]))]
+    longest = 2000 if len(titles) > 1 else 4000 if len(numbered) < len(heads) / 2 else 0
+    chapters = numbered if average < longest else set()
     heads = [h for h in heads if h not in bare | chapters]
     if len(heads) < 2:
         return heads if listed else []
