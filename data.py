@@ -485,14 +485,14 @@ def build(args) -> None:
         print(f"{args.out}: {len(examples)} prompts without stories; train with --no-anchor, or use them to evaluate")
         return
     examples, report, problems = collect(args)
+    if not report:
+        raise DataError("\n".join(problems))
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     drops = sum((counts for _, _, counts in report), Counter())
     pieces, kept = drops.pop("pieces", 0), drops.pop("kept", 0)
     print(f"{len(report)} books, {pieces} pieces, {kept} stories kept; left out: " + (_list_counts(drops) or "nothing"))
     if not examples:
-        if problems:
-            raise DataError(f"no book could be used; the first: {problems[0]}")
         raise DataError(f"none of the {pieces} pieces is a story of --min-words to --max-words: {_list_counts(drops)}")
     if args.prompts == "llm":
         examples, lost = back_translate(examples, args)

@@ -111,12 +111,26 @@ STYLES = {
         lambda i, t: f"{t.upper()}   _Ann Author_  {i + 3}",
         lambda i, t: f"{t.upper()}\n\n_Ann Author_ (1801-1870)",
     ),
+    "author and page in list": (
+        lambda i, t: f"{t.upper():30}Ann Author      {10 * i + 7:4}",
+        lambda i, t: f"{t.upper()}\n\nBy Ann Author",
+    ),
+    "author above": (lambda i, t: f"  {t}  Ann Author", lambda i, t: f"ANN AUTHOR\n\n{t.upper()}"),
+    "lower case": (lambda i, t: f"{t.lower()}  {10 * i + 7}", lambda i, t: t.upper()),
+    "page first": (lambda i, t: f"{10 * i + 7:4}  {t}", lambda i, t: t),
+    "number in the heading": (lambda i, t: f"{ROMAN[i]}. {t}", lambda i, t: f"{ROMAN[i]}\n{t.upper()}"),
+    "other title": (
+        lambda i, t: f"  {t}; or, The Clerk's Mistake",
+        lambda i, t: f"{t.upper()};\n\nOR,\n\nTHE CLERK'S MISTAKE",
+    ),
     "misspelt": (lambda i, t: t.replace("l", "ll"), lambda i, t: t.upper() + "."),
     "subtitle": (lambda i, t: f"{t.upper()}, concerning Somebody", lambda i, t: t.upper()),
     "noted": (lambda i, t: f"  {t}", lambda i, t: f"{t.upper()}({i + 1})"),
     "half-titles": (lambda i, t: f"  {t}", lambda i, t: f"{t.upper()}\n\n\n\n{t.upper()}"),
     "no list, capitals": (None, lambda i, t: t.upper()),
     "no list, title case": (None, lambda i, t: t),
+    "no list, italics": (None, lambda i, t: f"_{t}_"),
+    "no list, number in the heading": (None, lambda i, t: f"STORY {ROMAN[i]}\n{t.upper()}"),
     "no list, numbered": (None, lambda i, t: f"No. {i + 1}--{t.upper()}"),
 }  # fmt: skip
 

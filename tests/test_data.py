@@ -5,9 +5,13 @@ import dataclasses
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import anthologies
 import pytest
@@ -15,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from books import Story, key, kind_of, split_book
+from books import Story, author_key, key, kind_of, read_text, split_book
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -247,10 +251,20 @@ NOT_PROSE = {
     "illustration": around("[Illustration: A lamp,\nand a man [in black] beside it.]\n\n"),
     "footnote block": around("[Footnote: Copyright, 1891, by MACMILLAN\n& CO.]\n\n\n"),
     "dedication": around("TO MARGARET\n\n"),
+    "dedication in small letters": around("To Georges Legrand.\n\n"),
+    "life of the author": around(
+        "Ann Author (1832-1910) was born at Dover and wrote for the papers. Her tales fill\nnine volumes.\n\n"
+        "This one is from the second, and the best of them.\n\n\n\n"
+    ),
+    "note with a star": around(tail="\n\n     [*] An old word."),
+    "where it appeared": around(tail="\n\nThis story appeared in _The Argosy_ of May 17, 1889, under another name."),
+    "poem with a heading": around(tail=f"\n\n\nThe Song of the Mill\n\n{POEM}\n\n{POEM}"),
+    "ornament": around(tail="\n\n[Decoration]\n\n  *       *       *"),
     "notes at the end": around(tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."),
     "next volume": around(
         tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n      Translated by\n      A. B. Clark and Others"
     ),
+    "printer": around(tail="\n\n          _Printed by_\n     MORRISON & GIBB LIMITED\n          _Edinburgh_"),
     "the end": around(tail="\n\n\nTHE END\n\n* * * * *\n\nPrinted by BLACK & CO.\nEdinburgh"),
 }
 
@@ -267,6 +281,8 @@ def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
     end = [
         ("II", "II"),
         ("* * * * *", "***"),
+        ("All slept.\n  *   *   *   *\nAll woke.", "All slept.\n\n***\n\nAll woke."),
+        ("The B[=a]n[s]hee [oe] sang,[Pg 12] and (*2) [* A spirit.] went.", "The Ban[s]hee oe sang, and went."),
         ("“It’s _her_ lamp,”[1] he said--and stopped.*", '"It\'s her lamp," he said\u2014and stopped.'),
         (POEM, "\n".join(anthologies.VERSE)),
         ("FOOTNOTES:", ""),
@@ -311,6 +327,61 @@ def test_chapters_that_a_list_names_belong_to_their_story():
     stories = found(text)
     assert [title for title, _ in stories] == [title for title, _ in truth_of(truth)]
     assert stories[2][1] == "\n\n".join([*parts[:half], "II.", "THE INN", *parts[half:]])
+
+
+def test_chapters_that_a_list_names_under_every_story_belong_to_it():
+    text, truth = anthologies.anthology("capitals", words=800)
+    for name, parts in truth:
+        upper, half = name.upper(), len(parts) // 2
+        chapters = f"CHAPTER I. BEFORE {upper}", f"CHAPTER II. AFTER {upper}"
+        text = text.replace(f"     {name}\n", f"     {name}\n        {chapters[0]}\n        {chapters[1]}\n")
+        first, second = anthologies.body(parts[:half]), anthologies.body(parts[half:])
+        split = f"{upper}\n\n\n{chapters[0]}\n\n\n{first}\n\n\n\n{chapters[1]}\n\n\n{second}"
+        text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
+    assert [title for title, _ in found(text)] == [title for title, _ in truth_of(truth)]
+
+
+def test_volumes_with_a_list_each():
+    first, truth = anthologies.anthology("page numbers", 1)
+    second, more = anthologies.anthology("numbered", 2, title="More Night Pieces")
+    for name, _ in more:
+        second = second.replace(name, f"{name} Again").replace(name.upper(), f"{name.upper()} AGAIN")
+    more = [(f"{name} Again", parts) for name, parts in more]
+    volumes = [text.split("*** END")[0].split("*** START")[1].split("\n", 1)[1] for text in (first, second)]
+    volumes = [re.sub(r"\n+End of the Project.*\n", "", text) for text in volumes]
+    assert found("\n\n\n\n".join(volumes)) == truth_of(truth) + truth_of(more)
+
+
+def test_a_heading_that_the_list_forgets_and_a_catalogue_with_a_list_of_its_own():
+    text, truth = anthologies.anthology("capitals")
+    text = text.replace(f"     {truth[2][0]}\n", "")
+    assert found(text) == truth_of(truth)
+    subjects = ["Poetry", "History", "Travel", "Sermons"]
+    catalogue = "\n".join(subjects) + "\n\n\n" + "".join(f"\n\n\n{s.upper()}\n\nA book, 2s. 6d.\n" for s in subjects)
+    end = "\n\n\n\nTHE END\n\n\n\nA LIST OF NEW BOOKS\n\n\nCONTENTS\n\n" + catalogue
+    assert found(text.replace("\n\n\n\nEnd of the Project", end + "\n\n\n\nEnd of the Project")) == truth_of(truth)
+
+
+def test_paragraphs_without_blank_lines_between():
+    text, truth = anthologies.anthology(
+        "capitals", decorate=lambda parts, width: "\n".join("    " + anthologies.fill(part, width) for part in parts)
+    )
+    assert found(text) == truth_of(truth)
+
+
+REAL = Path(__file__).parents[2] / "shared/anthologies"
+
+
+@pytest.mark.skipif(not (REAL / "gold_toc.json").exists(), reason="needs real books with a list of contents by hand")
+def test_real_books_are_split_as_their_contents_were_listed_by_hand():
+    for book, gold in json.loads((REAL / "gold_toc.json").read_text("utf-8")).items():
+        stories = split_book(read_text(REAL / f"{book}.txt"))[1]
+        starts = [key(re.sub("_|--|\u2014", " ", text)).split()[:4] for text in (s.text for s in stories)]
+        assert starts == [key(re.sub("_|--|\u2014", " ", truth["first6"])).split()[:4] for truth in gold["stories"]]
+        for story, truth in zip(stories, gold["stories"], strict=True):
+            assert abs(len(story.text.split()) / truth["words_body"] - 1) < 0.003
+            others = {key(other.title) for other in stories} - {key(story.title)}
+            assert not others & set(map(key, story.text.split("\n\n")))
 
 
 def test_no_gutenberg_text_survives_any_marker_spelling():
@@ -382,6 +453,12 @@ def test_split_by_author_with_length_buckets(tmp_path, books):
     assert all(not e.story and e.prompt.endswith(f"{e.target_words} words long.") for e in test)
 
 
+def test_one_author_in_several_spellings_is_one():
+    same = ["Anton Chekhov", "ANTON P. CHEKHOV", "Chekhov", "Anton Chekhov (tr. Constance Garnett)"]
+    assert {author_key(name) for name in same} == {"chekhov"}
+    assert author_key("Various") == author_key("Various; J. L. French (editor)".split(";")[0]) == author_key("") == ""
+
+
 def test_kinds_that_are_no_stories(tmp_path):
     def kind(text, **fields):
         return kind_of(Story("Title", "", text, 1), fields)
@@ -408,6 +485,17 @@ def novel():
     return anthologies.HEADER.format(title="One", author="A", upper="ONE") + "".join(chapters)
 
 
+def titled_novel():
+    """A novel whose chapters have titles, all of them in its list of contents."""
+    text, truth = anthologies.anthology("capitals")
+    for i, (name, _) in enumerate(truth):
+        number = f"CHAPTER {anthologies.ROMAN[i]}"
+        text = text.replace(f"     {name}\n", f"{number}. {name}\n").replace(
+            name.upper(), f"{number}\n\n{name.upper()}"
+        )
+    return text
+
+
 def poems():
     text, _ = anthologies.anthology("capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 20))
     return text
@@ -418,7 +506,8 @@ BAD_BOOKS = {
     "binary": (b"\x7fELF\0\0\1" * 99, "binary"),
     "encoding": ("Stories\n\nCaf\xe9 stories\n".encode("latin-1"), r"book.txt:3: not UTF-8.*iconv"),
     "broken EPUB": (None, "no EPUB"),
-    "novel": (novel().encode(), "one single work"),
+    "novel": (novel().encode(), "a single work"),
+    "novel with titled chapters": (titled_novel().encode(), "a single work"),
     "poems": (poems().encode(), "6 pieces of verse"),
 }
 
@@ -431,8 +520,9 @@ def test_bad_books_get_a_clear_message(tmp_path, name):
             book.writestr("page.xhtml", "<p>Once.</p>")
     else:
         (tmp_path / "book.txt").write_bytes(content)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as stop:
         build(tmp_path, tmp_path / "book.txt")
+    assert "\n" not in str(stop.value)
     assert not (tmp_path / "train.jsonl").exists()
 
 
@@ -598,6 +688,37 @@ def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(tmp_
     again = FakeLLM()
     llm_build(tmp_path, books[:2], again)
     assert not again.paid and "24 answers were there already" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
+    made, first, waiting, killed = FakeLLM(), FakeLLM(faults=2), [], threading.Event()
+
+    def stalls(path, body):  # after five answers: when all three workers wait, what was paid is on the disk
+        if len(first.paid) < 5:
+            return first(path, body)
+        waiting.append(path)
+        killed.wait(60)
+        return 503, {}, b""
+
+    server, url = serve(stalls)
+    llm = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m", "--llm-concurrency", "3"]
+    words = ["--min-words", "300", "--max-words", "600", "--out", str(tmp_path / "train.jsonl")]
+    process = subprocess.Popen([sys.executable, data.__file__, "build", str(books[0]), *words, *llm])
+    while len(waiting) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed.set()
+    paid = set(first.paid)
+    server.shutdown()
+    server.server_close()
+    assert not (tmp_path / "train.jsonl").exists()
+    rest = FakeLLM()
+    llm_build(tmp_path, books[:1], rest)
+    llm_build(tmp_path, books[:1], made, name="whole.jsonl")
+    assert not paid & set(rest.paid) and len(paid) + len(rest.paid) == len(made.paid) == 12
+    assert (tmp_path / "train.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_llm_dry_run_asks_nothing(tmp_path, books, capsys):
