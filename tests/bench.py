@@ -457,6 +457,32 @@ class AnyToken:
         return getattr(self.tokenizer, name)
 
 
+WORDS = 2000, 4000  # targets of the two groups, of the published 1,000 to 4,000
+SPREAD = 0.85, 0.925, 1.0, 1.075, 1.15  # lengths of one group's drafts, as shares of its target's
+
+
+def planned_tokens(words, limit):
+    """Tokens of a response: 2,000 of thinking and 4/3 a word, scaled from the published limit of 8,192 to `limit`."""
+    return round((2000 + words * 4 / 3) / 8192 * limit)
+
+
+def end_as_planned(lengths, eos):
+    """Random weights end no story: from now on `generate` ends row r with EOS after lengths[r] tokens."""
+    advance = rollout._advance
+
+    def planned(d, places, *args):
+        rows = list(enumerate(places))
+        ended = advance(d, places, *args)
+        for place, r in rows:
+            if places[place] is not None and len(r.ids) >= lengths[r.row]:
+                r.ids[lengths[r.row] - 1 :] = [eos]
+                r.finished, places[place], d.pos[place] = True, None, 0
+                ended.append(r)
+        return ended
+
+    rollout._advance = planned
+
+
 def step_run(folder, layers, tokens, url, gpu, mesh, device):
     """A trainer's Run at one rank's share of the published step (2 prompts, groups of 6), with random weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5TextConfig
@@ -471,28 +497,29 @@ def step_run(folder, layers, tokens, url, gpu, mesh, device):
         with device:
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     else:
-        config = Qwen3_5TextConfig(**TINY | {"num_hidden_layers": layers, "vocab_size": 8192}, **DELTA)
+        config = Qwen3_5TextConfig(**TINY | {"num_hidden_layers": layers}, **DELTA)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     options = f"--prompts 2 --group 6 --max-response {tokens} --repetition-penalty 1.1 --recompute --micro-tokens 16384"
     cfg = polaris.parse(options.split())
     model, copy = polaris.load_policy(folder, mesh, device, cfg.recompute)
     examples = []
-    for e in mini.fables(2, 1):  # anchors of three fifths of the limit
-        story = e.story
-        while len(tokenizer(story).input_ids) < 0.6 * tokens - 100:
-            story += "\n\n" + e.story
-        examples.append(polaris.replace(e, story=story))
+    for e, words in zip(mini.fables(2, 1), WORDS, strict=True):
+        text = tokenizer(e.story * tokens).input_ids[: planned_tokens(words, tokens)]  # whole story: EOS comes on top
+        examples.append(polaris.replace(e, story=tokenizer.decode(text), target_words=words))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)  # AdamW's moments would not fit beside the uncut head
     client = polaris.Judge(url, "offline", concurrency=16)
-    # Random weights end no story: let so many tokens end one that half the limit is the mean.
-    copy.generation_config.eos_token_id = list(range(1000, 1000 + 2 * config.vocab_size // tokens))
     return polaris.Run(cfg, folder, mesh, device, AnyToken(tokenizer), model, copy, optimizer, client, examples, [])
 
 
 def step(args):
-    """One rank's share of a published training step through the trainer's own train_step, and what it projects to."""
+    """One rank's share of a published training step through the trainer's own train_step, and what it projects to.
+
+    "judge hidden" is 1 - (seconds that the rank waited for verdicts with nothing else to do) / (sum of the seconds of
+    its judge calls): 1 if decoding and gradient work cover every call, 0 if the rank sat through one after the other.
+    """
     import tempfile
 
+    import data
     import offline
     import polaris
 
@@ -502,55 +529,64 @@ def step(args):
     name, rate = device_name(device), matrix_rate(device, torch.bfloat16 if gpu else torch.float32)
     bandwidth = copy_bandwidth(device)
     print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s")
-    print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call\n")
+    print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call")
+    means = " and ".join(str(planned_tokens(words, tokens)) for words in WORDS)
+    print(f"Random weights end no story, so lengths are planned: for targets of {WORDS[0]:,} and {WORDS[1]:,} words,")
+    print(f"{means} tokens (2,000 of thinking and 4/3 a word, scaled from 8,192 to {tokens:,}); the drafts have")
+    print(f"{', '.join(map(str, SPREAD))} times as many, and the longest is cut off at the limit.")
+    print("judge hidden = 1 - (seconds the rank waits for verdicts) / (sum of the seconds of its judge calls)\n")
     mesh, device = polaris.setup(polaris.parse([]))
     process, url = offline.serve_in_background(delay=delay)
-    lines = []
-    for layers in args.layers:
-        with tempfile.TemporaryDirectory() as folder:
+    planned, lines = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for layers in args.layers:
             progress(f"{layers} layers: random weights")
-            run = step_run(Path(folder), layers, tokens, url, gpu, mesh, device)
+            run = step_run(Path(folder) / str(layers), layers, tokens, url, gpu, mesh, device)
+            if not lines:
+                end_as_planned(planned, run.tokenizer.eos_token_id)
             if gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-            for number in (20, 21):  # the first one captures and compiles
-                progress(f"{layers} layers: step {number - 19} of 2")
+            taken = []
+            for number in range(20, 21 + args.repeats):  # the first one captures and compiles
+                progress(f"{layers} layers: step {number - 19} of {args.repeats + 1}")
+                examples = data.step_examples(run.train, run.cfg.seed, number, len(WORDS))
+                planned[:] = [round(s * planned_tokens(e.target_words, tokens)) for e in examples for s in SPREAD]
                 metrics, rows, _ = polaris.train_step(run, number)
-        times, seen = metrics["time"], sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-        size = sum(p.numel() for p in run.copy.model.layers.parameters())
-        flops = 8 * size * seen + 6 * run.copy.lm_head.weight.numel() * metrics["tokens"]
-        asked = sum(r.verdict.seconds for r in rows)
-        memory = torch.cuda.max_memory_allocated(device) if gpu else _status("VmHWM")
-        lines.append(
-            {
-                "layers": layers,
-                "parameters, M": (size + 2 * run.copy.lm_head.weight.numel()) / 1e6,
-                "rollout, s": times["rollout"],
-                "judge wait, s": times["judge_wait"],
-                "update, s": times["update"],
-                "sync, s": times["sync"],
-                "tokens trained": seen,
-                "update, tokens/s": seen / times["update"],
-                "update, of matrix rate": flops / times["update"] / rate,
-                "judge hidden": 1 - times["judge_wait"] / asked,
-                "peak, GB": memory / 1e9,
-            }
-        )
-        run.judge.close()
-        del run
-        free(device)
+                taken.append(step_line(run, layers, metrics, rows, rate))
+            # Other work on the machine only adds, so the fastest step stands for all.
+            lines.append(min(taken[1:], key=lambda line: line["step, s"]))
+            run.judge.close()
+            del run
+            free(device)
     process.stdin.close()
     table(lines)
-    result = {
-        "bench": "step",
-        "device": name,
-        "torch": torch.__version__,
-        "tokens": tokens,
-        "delay": delay,
-        "rows": lines,
-    }
+    result = {"bench": "step", "device": name, "torch": torch.__version__, "tokens": tokens, "delay": delay}
+    result["rows"] = lines
     if gpu:
         result |= project(lines, bandwidth, rate)
     return result
+
+
+def step_line(run, layers, metrics, rows, rate):
+    """A line of the table from what train_step returned."""
+    gpu, times = run.device.type == "cuda", metrics["time"]
+    seen = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+    size = sum(p.numel() for p in run.copy.model.layers.parameters())
+    flops = 8 * size * seen + 6 * run.copy.lm_head.weight.numel() * metrics["tokens"]
+    return {
+        "layers": layers,
+        "parameters, M": (size + 2 * run.copy.lm_head.weight.numel()) / 1e6,
+        "rollout, s": times["rollout"],
+        "judge wait, s": times["judge_wait"],
+        "update, s": times["update"],
+        "sync, s": times["sync"],
+        "step, s": times["step"],
+        "tokens trained": seen,
+        "update, tokens/s": seen / times["update"],
+        "update, of matrix rate": flops / times["update"] / rate,
+        "judge hidden": 1 - times["judge_wait"] / sum(r.verdict.seconds for r in rows),
+        "peak, GB": (torch.cuda.max_memory_allocated(run.device) if gpu else _status("VmHWM")) / 1e9,
+    }
 
 
 def project(lines, bandwidth, rate):
@@ -601,6 +637,7 @@ def main():
     command.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="sizes to measure; the 9B has 32 [4 8]")
     command.add_argument("--tokens", type=int, help="response limit; default: 8192 on a GPU, 192 on a CPU")
     command.add_argument("--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU")
+    command.add_argument("--repeats", type=int, default=1, help="steps after the first; the fastest is shown")
     command.set_defaults(run=step)
 
     args = parser.parse_args()
