@@ -185,14 +185,24 @@ def update(
     }
 
 
+def state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
+    """What a checkpoint holds, in tensors that the two own."""
+    if not optimizer.state:
+        # torch fills an optimiser that has made no step by a step at rate 0, which Adam's bias correction would count.
+        get_state_dict(policy, optimizer)
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    model, optim = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
 def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Checkpoint of weights and optimiser, sharded over the ranks; it gets its name only when it is whole."""
     tmp = folder.with_name(f".{folder.name}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)  # what a killed run left
     dist.barrier()
-    model, optim = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=tmp)
+    dcp.save(state(policy, optimizer), checkpoint_id=tmp)
     if dist.get_rank() == 0:
         os.replace(tmp, folder)
     dist.barrier()
@@ -200,9 +210,9 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None
 
 def load(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Read a checkpoint of `save` into both, in place."""
-    model, optim = get_state_dict(policy, optimizer)
-    dcp.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    read = state(policy, optimizer)
+    dcp.load(read, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
 
 
 def export(policy: Policy, source: Path, out: Path, rank: int) -> None:
