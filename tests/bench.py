@@ -551,7 +551,7 @@ def step(args):
                 progress(f"{layers} layers: step {number - 19} of {args.repeats + 1}")
                 examples = data.step_examples(run.train, run.cfg.seed, number, len(WORDS))
                 planned[:] = [round(s * planned_tokens(e.target_words, tokens)) for e in examples for s in SPREAD]
-                metrics, rows, _ = polaris.train_step(run, number)
+                metrics, rows = polaris.train_step(run, number)
                 taken.append(step_line(run, layers, metrics, rows, rate))
             # Other work on the machine only adds, so the fastest step stands for all.
             lines.append(min(taken[1:], key=lambda line: line["step, s"]))
