@@ -1,7 +1,9 @@
 """rollout.py: tokens are transformers' own; a row's story depends on its prompt, its seed and the weights alone."""
 
 import copy
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -342,6 +344,26 @@ def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
+
+
+def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(monkeypatch):
+    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would starve the update."""
+    model, held = make("qwen3.5"), []
+
+    def write(rows, limit):
+        generate(model, [[1, 2]] * rows, [0] * rows, Sampling(max_new_tokens=limit), ())
+        if not held or held[-1]() is not rollout._decoders[model]:
+            held.append(weakref.ref(rollout._decoders[model]))
+        return len(held)
+
+    as_on_a_gpu(monkeypatch)
+    gc.disable()
+    try:
+        made = [write(4, 60), write(4, 50), write(3, 60), write(4, 200), write(4, 60), write(5, 60)]
+        assert made == [1, 1, 1, 2, 3, 4]
+        assert [ref() is None for ref in held] == [True, True, True, False]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
