@@ -467,12 +467,12 @@ def planned_tokens(words, limit):
 
 
 def end_as_planned(lengths, eos):
-    """Random weights end no story: from now on `generate` ends row r with EOS after lengths[r] tokens."""
+    """Random weights know no end: from now on `generate` ends row r with EOS after lengths[r] tokens, never before."""
     advance = rollout._advance
 
-    def planned(d, places, *args):
+    def planned(d, places, prompts, limit, stop, progress):
         rows = list(enumerate(places))
-        ended = advance(d, places, *args)
+        ended = advance(d, places, prompts, limit, (), progress)
         for place, r in rows:
             if places[place] is not None and len(r.ids) >= lengths[r.row]:
                 r.ids[lengths[r.row] - 1 :] = [eos]
