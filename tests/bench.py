@@ -3,6 +3,7 @@
     python tests/bench.py logprob            log-probs of the vocabulary head, forward and backward
     python tests/bench.py rollout            sampling, beside transformers' generate
     python tests/bench.py step               one rank's share of a published training step, with a slow judge
+    python tests/bench.py memory             what a GPU of the published run holds, part by part: counted, not measured
 
 A run prints Markdown tables; its last line is JSON with the same numbers. Times are medians after a warm-up.
 The limits are measured too: the matrix rate (best of large square GEMMs), the copy bandwidth (bytes read + written).
@@ -435,10 +436,8 @@ def decoding(args):
 
 # --------------------------------------------------------------------------------------------------------------- step
 
-PAPER_STEPS, A100 = (
-    173,
-    {"copy": 1.75e12, "matrix": 250e12},
-)  # bytes and flops a second, as commonly measured on A100-80GB
+PAPER_STEPS, PAPER_HOURS, PAPER_RANKS = 173, 48, 4
+A100 = {"copy": 1.75e12, "matrix": 250e12, "link": 200e9}  # bytes, flops, bytes a second: assumed of an A100-80GB
 
 
 class AnyToken:
@@ -562,9 +561,7 @@ def step(args):
     table(lines)
     result = {"bench": "step", "device": name, "torch": torch.__version__, "tokens": tokens, "delay": delay}
     result["rows"] = lines
-    if gpu:
-        result |= project(lines, bandwidth, rate)
-    return result
+    return result | (project(lines, bandwidth, rate) if gpu else arithmetic())
 
 
 def step_line(run, layers, metrics, rows, rate):
@@ -604,9 +601,132 @@ def project(lines, bandwidth, rate):
         f"32 layers, by a straight line: rollout {write:.0f} s + update {learn:.0f} s + sync and judge {rest:.0f} s; "
         f"x {PAPER_STEPS} steps = {here:.1f} h on four of this device, without FSDP's communication.\n"
         f"On A100-80GB: rollout x {bandwidth / A100['copy']:.2f} (bandwidth), update x {rate / A100['matrix']:.2f} "
-        f"(matrix rate) = {there:.0f} s a step, {there * PAPER_STEPS / 3600:.1f} h for the run (published: 48 h)."
+        f"(matrix rate) = {there:.0f} s a step, {there * PAPER_STEPS / 3600:.1f} h for the run "
+        f"(published: {PAPER_HOURS} h)."
     )
     return {"hours here": here, "hours on A100": there * PAPER_STEPS / 3600}
+
+
+def arithmetic():
+    """The published run on A100s from rates and shares that are assumed: nothing in it is measured, and it says so."""
+    decode, learn, delay, limit = 0.7, 0.4, 20.0, 8192  # targets: of the bandwidth, of the matrix rate; s a verdict
+    model = random_model("9b", torch.device("meta"))
+    layers, head = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers, model.lm_head))
+    means = [planned_tokens(words, limit) for words in WORDS]
+    groups = [[mean, *(min(limit, round(s * mean)) for s in SPREAD)] for mean in means]  # an anchor and five drafts
+    first, tokens, steps = sum(groups[0]), sum(map(sum, groups)), max(groups[-1])
+    moved = step_bytes(model, 10, steps / 2)
+    write = steps * moved / (decode * A100["copy"])
+    flops = 8 * layers + 6 * head  # a token: forward, again, and twice that backward; the head without the second
+    update = flops * tokens / (learn * A100["matrix"])
+    wait = max(0.0, delay - update * first / tokens)
+    sync = 2 * sum(p.numel() for p in model.parameters()) / A100["link"]
+    seconds = write + update + wait + sync
+    hours = PAPER_STEPS * seconds / 3600
+    copy, matrix, link = A100["copy"] / 1e12, A100["matrix"] / 1e12, A100["link"] / 1e9
+    reached = f"{decode:.0%} and {learn:.0%} of the first two are reached"
+    print(f"""\
+By arithmetic alone, with no number of this machine in it: a step of the 9B on four A100-80GB, if one copies
+{copy:g} TB/s, multiplies at {matrix:g} Tflop/s and gathers {link:g} GB/s, and {reached}.
+  rollout  {steps:,} tokens x {moved / 1e9:.1f} GB / ({decode:g} x {copy:g} TB/s) = {write:.0f} s
+  update   {tokens:,} tokens x {flops / 1e9:.1f} Gflop / ({learn:g} x {matrix:g} Tflop/s) = {update:.0f} s
+  judge    {delay:g} s for the last verdict, less the update of the first wave = {wait:.0f} s of waiting
+  sync     {sync:.1f} s
+  run      {PAPER_STEPS} x {seconds:.0f} s = {hours:.1f} h (published: {PAPER_HOURS} h)
+""")
+    return {"arithmetic, hours on A100": hours}
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+PHASES = "writing", "head", "layers", "root", "optimiser"
+
+
+def memory(args):
+    """What one of four GPUs of the published run holds, from the configuration and the model's shape.
+
+    Phases: writing; the head's sweep; the backward pass through the layers; the reduction of the root's gradients
+    (embedding and head); the optimiser's step. Not counted: CUDA's context, NCCL's buffers, fragmentation.
+    """
+    import polaris
+
+    cfg, ranks = polaris.Config(), PAPER_RANKS
+    model = random_model("9b", torch.device("meta"))
+    config, total = model.config, sum(p.numel() for p in model.parameters())
+    width, depth = config.hidden_size, config.num_hidden_layers
+    layer, ends = max(sum(p.numel() for p in m.parameters()) for m in model.model.layers), config.vocab_size * width
+    rows = -(-cfg.prompts * cfg.group // ranks)
+    length = -(-(cfg.max_prompt + cfg.max_response) // rollout.BUCKET["cuda"]) * rollout.BUCKET["cuda"]
+    states = step_bytes(model, rows, length) - step_bytes(model, 0, length)  # counts recurrent states twice
+    states -= rows * (step_bytes(model, 1, 0) - step_bytes(model, 0, 0)) / 2
+    tokens, chunk = args.micro_tokens or cfg.micro_tokens, grpo.CHUNK_ROWS["cuda"] * config.vocab_size * 4
+    update = PHASES[1:]
+    parts = [
+        (f"fp32 master weights, 1/{ranks}", 4 * total / ranks, PHASES),
+        (f"AdamW moments, 1/{ranks}", 8 * total / ranks, PHASES),
+        ("whole bf16 copy that writes", 2 * total, PHASES),
+        (f"its cache: {rows} rows of {length:,} tokens", states, PHASES),
+        (f"fp32 gradients, 1/{ranks}", 4 * total / ranks, update),
+        ("embedding and head, gathered, bf16", 2 * 2 * ends, ("head", "layers", "root")),
+        (f"inputs of {depth} layers, {tokens:,} tokens, bf16", 2 * depth * tokens * width, ("head", "layers")),
+        ("head's gradient, fp32 sum", 4 * ends, ("head",)),
+        ("logits of a chunk, fp32; then that sum in bf16", max(chunk, 2 * ends), ("head",)),
+        ("head's gradient, bf16", 2 * ends, ("layers", "root")),
+        ("one layer recomputed, delta rule in torch", layer_activations(model, tokens, fused=False), ("layers",)),
+        ("two layers gathered, bf16; a gradient, bf16 and fp32", (2 * 2 + 2 + 4 + 4 / ranks) * layer, ("layers",)),
+        ("embedding's gradient, bf16", 2 * ends, ("root",)),
+        ("both reduced in fp32, in and out", 2 * (4 + 4 / ranks) * ends, ("root",)),
+        (f"AdamW's own square roots, fp32, 1/{ranks}", 4 * total / ranks, ("optimiser",)),
+    ]
+    lines = [{"part": name} | {p: size / 1e9 if p in when else None for p in PHASES} for name, size, when in parts]
+    sums = {phase: sum(size for _, size, when in parts if phase in when) / 1e9 for phase in PHASES}
+    table([*lines, {"part": "all"} | sums])
+    fused = layer_activations(model, tokens, fused=True) / 1e9
+    saved = next(line["layers"] for line in lines if "recomputed" in line["part"]) - fused
+    print("What a layer's gradients take while they are made is not counted.")
+    print(f"With flash-linear-attention one layer keeps {fused:.1f} GB, so the phase `layers` is {saved:.1f} GB less.")
+    print("An 80 GB card has 80 GiB, which are 85.9 of these GB, before CUDA's context and NCCL's buffers.\n")
+    return {"bench": "memory", "GB": lines, "sum": sums, "layer with flash-linear-attention": fused}
+
+
+def layer_activations(model, tokens, fused):
+    """Bytes that a decoder layer keeps for its backward pass at [1, tokens], counted on meta tensors; the larger kind.
+
+    Attention counts as a fused kernel. So does the delta rule if `fused`: inputs and output; else torch keeps all.
+    """
+    code = sys.modules[type(model).__module__]
+    unfused = torch.nn.functional.scaled_dot_product_attention, code.torch_chunk_gated_delta_rule
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: _Kept.apply(q, q, k, v)
+    if fused:
+        code.torch_chunk_gated_delta_rule = lambda q, k, v, g, beta, **_: (_Kept.apply(v, q, k, v, g, beta), None)
+    x = torch.empty(1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
+    positions, most = torch.zeros(1, tokens, dtype=torch.long, device="meta"), 0
+    angles = model.model.rotary_emb(x, positions.expand(3, 1, tokens))
+    for kind in ("linear_attention", "full_attention"):
+        layer = model.model.layers[model.config.layer_types.index(kind)]
+        weights, kept = {p.untyped_storage()._cdata for p in layer.parameters()}, {}
+
+        def keep(tensor, weights=weights, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage  # alive, so that no other takes its number
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(x, position_embeddings=angles, attention_mask=None, position_ids=positions)
+        most = max(most, sum(storage.nbytes() for storage in kept.values()))
+    torch.nn.functional.scaled_dot_product_attention, code.torch_chunk_gated_delta_rule = unfused
+    return most
+
+
+class _Kept(torch.autograd.Function):
+    """A kernel that keeps its inputs and an output like `out`, for counting."""
+
+    @staticmethod
+    def forward(ctx, out, *inputs):
+        result = torch.empty_like(out)
+        ctx.save_for_backward(*inputs, result)
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -639,6 +759,10 @@ def main():
     command.add_argument("--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU")
     command.add_argument("--repeats", type=int, default=1, help="steps after the first; the fastest is shown")
     command.set_defaults(run=step)
+
+    command = commands.add_parser("memory", help="what a GPU of the published run holds, part by part")
+    command.add_argument("--micro-tokens", type=int, help="as in polaris.py; default: the published run's")
+    command.set_defaults(run=memory)
 
     args = parser.parse_args()
     print(json.dumps(args.run(args)))
