@@ -266,6 +266,18 @@ def test_a_story_does_not_depend_on_its_company(model, told):
     assert {i: stories(model, [i])[i] for i in range(n)} == told
 
 
+BREAK_A_CAPTURE = {
+    torch.ops.aten.item.default,  # also float() and int(), in inference mode
+    torch.ops.aten.is_nonzero.default,  # bool()
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.lift_fresh.default,  # torch.tensor(host data)
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.where.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
+
+
 class Tape(TorchDispatchMode):
     """A CUDA graph on the CPU: the operations of one step on the very tensors it used, and nothing of the host's."""
 
@@ -281,7 +293,9 @@ class Tape(TorchDispatchMode):
             t.copy_(old)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        assert func not in BREAK_A_CAPTURE, f"{func}: the step reads from the device, or brings host data to it"
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "how many are True only the device knows"
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
