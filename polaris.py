@@ -11,7 +11,8 @@ One step of GRPO with an online judge and human-reference injection (arXiv 2606.
     2. rollout   5 drafts a prompt, written by whole copies of the policy; the human story is the 6th row, the anchor
     3. judge     every story, anchors too, goes to the judge the moment it ends, while the others still decode
     4. grpo      A = (R - mean) / (std + 1e-6) over the group's drafts; the anchor is measured against them and weighted
-    5. update    loss = - (sum over all response tokens of A · log p) / (number of response tokens in the step)
+    5. update    loss = - (sum over all response tokens of A · log p) / (number of response tokens in the step);
+                 the groups that ended first come first, while the judge still reads the others
     6. records   metrics, stories and verdicts to disk; now and then a checkpoint and a validation
 
     glossary     rollout: a story written by the policy      group: the rows of one prompt      anchor: its human row
@@ -57,7 +58,7 @@ import offline
 from data import DataError, Example
 from grpo import anchor_weight, group_advantages
 from judge import Judge, JudgeStop, Reward, RewardConfig, Verdict
-from policy import Policy, export, load, load_policy, save, update
+from policy import Policy, accumulate, apply, export, load, load_policy, save
 from rollout import Rollout, Sampling, copy_weights, generate, kernels, row_seed
 
 
@@ -265,7 +266,7 @@ def check(cfg: Config) -> None:
 
 @dataclass
 class Row:
-    """One row of a group: a rollout or the anchor. What the judge adds is None until it has spoken."""
+    """One row of a group: a rollout or the anchor. Without a verdict there is no reward, and the advantage is 0."""
 
     example: Example
     k: int  # number within the group; the anchor is the last
@@ -277,6 +278,7 @@ class Row:
     story: str
     verdict: Verdict | None = None
     reward: Reward | None = None
+    advantage: float = 0.0
 
 
 @dataclass
@@ -312,11 +314,11 @@ class Run:
 EMPTY_PAGE = Verdict(score=0.0)
 
 
-def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Row], limit: int):
-    """Write a story for each (example, k) of `jobs`, have these and the anchors judged, share them with all ranks.
+def write(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Row], limit: int):
+    """Write a story for each (example, k) of `jobs`. It goes to the judge the moment it ends; the anchors go at once.
 
-    Returns (rows in the order of `jobs` then `anchors`, seconds of writing, seconds waited for the judge after it).
-    Raises JudgeStop on every rank if it happened on any.
+    Returns (on every rank all rows, in the order of `jobs` then `anchors`, without verdicts; the verdicts to come on
+    the rows that this rank sent, by row number). Raises JudgeStop on every rank if it happened on any.
     """
     cfg, rank, world = run.cfg, run.rank, run.mesh.size()
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit)
@@ -324,13 +326,14 @@ def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchor
     mine = jobs[first:end]  # neighbours share a prompt, and so its prefill
     prompts = [data.encode_prompt(run.tokenizer, e.prompt, cfg.thinking) for e, _ in mine]
     written: dict[int, Row] = {}
-    verdicts: list[tuple[Row, Future]] = []
+    verdicts: dict[int, Future] = {}
 
-    def send(row: Row) -> None:
+    def send(number: int, row: Row) -> None:
         if row.story.strip():
-            verdicts.append((row, run.judge.submit(row.example.prompt, row.story)))
+            verdicts[number] = run.judge.submit(row.example.prompt, row.story)
         else:
-            row.verdict = EMPTY_PAGE
+            verdicts[number] = Future()
+            verdicts[number].set_result(EMPTY_PAGE)
 
     def on_finish(r: Rollout) -> None:
         body = r.ids[:-1] if r.finished else r.ids
@@ -338,38 +341,65 @@ def write_and_judge(run: Run, step: int, jobs: list[tuple[Example, int]], anchor
         thinking, story = data.split_response(run.tokenizer.decode(body), cfg.thinking)
         example, k = mine[r.row]
         written[r.row] = Row(example, k, False, prompts[r.row], r.ids, r.finished, thinking, story)
-        send(written[r.row])
+        send(first + r.row, written[r.row])
         bar.update()
-        for _, verdict in verdicts:
+        for verdict in verdicts.values():
             if verdict.done() and verdict.exception():
                 raise verdict.exception()  # the judge is gone for good: no use in writing on
 
-    my_anchors = anchors[rank::world]
-    stop, started = "", time.perf_counter()
-    waited = started
+    stop = ""
     with run.bar(len(mine), "  writing (rank 0)") as bar:
         try:
-            for row in my_anchors:
-                send(row)
+            for i in range(rank, len(anchors), world):
+                send(len(jobs) + i, anchors[i])
             seeds = [row_seed(cfg.seed, step, e.uid, k) for e, k in mine]
-            generate(run.copy, prompts, seeds, sampling, run.eos, on_finish=on_finish)
-            waited = time.perf_counter()
-            bar.set_description("  judging (rank 0)")
-            for row, verdict in verdicts:
-                row.verdict = verdict.result()
+            most = -(-cfg.prompts * cfg.group // world)  # a validation takes no more memory a token than a step does
+            generate(run.copy, prompts, seeds, sampling, run.eos, max_rows=most, on_finish=on_finish)
         except JudgeStop as e:
             stop = str(e)
-    seconds = (waited - started, time.perf_counter() - waited)
-    gathered: list = [None] * world
-    dist.all_gather_object(gathered, ([written[i] for i in sorted(written)], my_anchors, stop))
-    for _, _, reason in gathered:
+    parts = share([written[i] for i in sorted(written)], stop)
+    return [row for part in parts for row in part] + anchors, verdicts
+
+
+def share(mine, stop: str) -> list:
+    """What each rank has, on all ranks. Raises JudgeStop on all of them if one has a reason to stop."""
+    everything: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, (mine, stop))
+    for _, reason in everything:
         if reason:
             raise JudgeStop(reason)
-    rows = [row for part, _, _ in gathered for row in part]
-    rows += [gathered[i % world][1][i // world] for i in range(len(anchors))]
-    for row in rows:
-        row.reward = reward_of(row, run.tokenizer, replace(cfg, max_response=limit))
-    return rows, *seconds
+    return [part for part, _ in everything]
+
+
+def hear(run: Run, rows: list[Row], wave: list[int], verdicts: dict[int, Future], limit: int) -> None:
+    """Wait for the verdicts on the rows numbered in `wave`, on every rank, and give these rows verdict and reward.
+
+    Raises JudgeStop on every rank if it happened on any.
+    """
+    mine, stop = {}, ""
+    try:
+        mine = {i: verdicts[i].result() for i in wave if i in verdicts}
+    except JudgeStop as e:
+        stop = str(e)
+    for part in share(mine, stop):
+        for i, verdict in part.items():
+            rows[i].verdict = verdict
+            rows[i].reward = reward_of(rows[i], run.tokenizer, replace(run.cfg, max_response=limit))
+
+
+def waves(rows: list[Row]) -> list[list[int]]:
+    """Row numbers in two waves of whole groups: the second is judged while the first is learnt from.
+
+    All rows decode in step, so a group has ended when its longest draft has. Those that ended first come first, up to
+    about half of the tokens. The rows alone decide, never when a verdict comes: runs repeat bit for bit.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.example.uid, []).append(i)
+    order = sorted(groups.values(), key=lambda g: max(len(rows[i].response_ids) for i in g if not rows[i].anchor))
+    tokens = [sum(len(rows[i].response_ids) for i in group) for group in order]
+    cut = min(range(len(order)), key=lambda n: abs(sum(tokens[:n]) - sum(tokens) / 2))
+    return [sum(part, []) for part in (order[:cut], order[cut:]) if part]
 
 
 def reward_of(row: Row, tokenizer, cfg: Config) -> Reward | None:
@@ -406,9 +436,12 @@ def advantages_of(rows: list[Row], cfg: Config, weight: float) -> Tensor:
     )
 
 
-def train_step(run: Run, step: int) -> tuple[dict, list[Row], list[float]]:
-    """One step of the recipe, the six parts of the module's docstring. Returns its metrics, rows and advantages."""
-    cfg, started = run.cfg, time.perf_counter()
+def train_step(run: Run, step: int) -> tuple[dict, list[Row]]:
+    """One step of the recipe, the six parts of the module's docstring. Returns its metrics and its rows.
+
+    JudgeStop comes before the optimiser's step, but gradients may be there: whoever goes on has to drop them.
+    """
+    cfg, started = run.cfg, clock(run)
 
     examples = data.step_examples(run.train, cfg.seed, step, cfg.prompts)
     weight = 0.0
@@ -420,47 +453,53 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row], list[float]]:
     drafts = cfg.group - (weight > 0)
 
     jobs = [(e, k) for e in examples for k in range(drafts)]
-    rows, writing, waiting = write_and_judge(run, step, jobs, anchors, cfg.max_response)
+    rows, verdicts = write(run, step, jobs, anchors, cfg.max_response)
+    n_tokens = sum(len(r.response_ids) for r in rows)
+
+    written, waited, sums = clock(run), 0.0, 0.0
+    for wave in waves(rows):
+        asked = clock(run)
+        hear(run, rows, wave, verdicts, cfg.max_response)
+        waited += clock(run) - asked
+        part = [rows[i] for i in wave]
+        for row, advantage in zip(part, advantages_of(part, cfg, weight).tolist(), strict=True):
+            row.advantage = advantage
+        ids = [(r.prompt_ids, r.response_ids) for r in part]
+        sums += accumulate(run.policy, ids, [r.advantage for r in part], n_tokens, run.mesh, cfg.micro_tokens)
+
     failed = [r for r in rows if r.reward is None]
     if len(failed) > cfg.max_judge_failures * len(rows):
         raise JudgeStop(
             f"{len(failed)} of {len(rows)} stories of step {step} got no verdict from {run.judge.url}, more than "
             f"--max-judge-failures {cfg.max_judge_failures:g} allows; the last reason: {failed[-1].verdict.error}"
         )
-
-    advantages = advantages_of(rows, cfg, weight).tolist()
-
-    updating = time.perf_counter()
-    update_metrics = update(
-        run.policy,
-        run.optimizer,
-        [(r.prompt_ids, r.response_ids) for r in rows],
-        advantages,
-        run.mesh,
-        cfg.micro_tokens,
-        cfg.grad_clip,
-    )
-    syncing = time.perf_counter()
+    update_metrics = apply(run.policy, run.optimizer, sums, n_tokens, cfg.grad_clip)
+    updated = clock(run)
     copy_weights(run.policy.lm, run.copy)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()  # for the clock
-    done = time.perf_counter()
+    done = clock(run)
 
-    seconds = {"rollout": writing, "judge_wait": waiting, "update": syncing - updating, "sync": done - syncing}
+    seconds = {"rollout": written - started, "judge_wait": waited, "update": updated - written - waited}
     metrics = {"step": step, **summary([r for r in rows if not r.anchor])}
-    judged = [(r, a) for r, a in zip(rows, advantages, strict=True) if r.anchor and r.reward]
+    judged = [r for r in rows if r.anchor and r.reward]
     metrics |= {
         "anchor_weight": weight,
         "anchors": len(anchors),
         "anchors_left_out": len(examples) - len(anchors) if weight > 0 else 0,
-        "anchor_reward": mean(r.reward.total for r, _ in judged),
-        "anchor_advantage": mean(a for _, a in judged),
+        "anchor_reward": mean(r.reward.total for r in judged),
+        "anchor_advantage": mean(r.advantage for r in judged),
         "judge_failures": len(failed),
         "lr": cfg.lr,
         **update_metrics,
-        "time": seconds | {"step": done - started},
+        "time": seconds | {"sync": done - updated, "step": done - started},
     }
-    return metrics, rows, advantages
+    return metrics, rows
+
+
+def clock(run: Run) -> float:
+    """Seconds, read when a GPU has done all that was asked of it, so that its work counts where it belongs."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def mean(values) -> float | None:
@@ -501,7 +540,9 @@ def validate(run: Run, step: int, label: str) -> None:
     for e in run.evals:
         buckets.setdefault(-(-e.target_words // longest), []).append(e)
     for factor, examples in sorted(buckets.items()):
-        rows, _, _ = write_and_judge(run, 0, [(e, 0) for e in examples], [], factor * run.cfg.max_response)
+        limit = factor * run.cfg.max_response
+        rows, verdicts = write(run, 0, [(e, 0) for e in examples], [], limit)
+        hear(run, rows, list(range(len(rows))), verdicts, limit)
         s = summary(rows)
         line = {"step": step, "label": label, "bucket": f"{factor}x", "reward": s.pop("reward_mean"), **s}
         if run.rank == 0:
@@ -581,7 +622,7 @@ def resume(run: Run) -> int | None:
 
 
 def warm_start(run: Run, examples: list[Example]) -> None:
-    """Supervised steps: `update` with human rows only, each of advantage 1."""
+    """Supervised steps: the same update with human rows only, each of advantage 1."""
     cfg = run.cfg
     optimizer, n_rows = make_optimizer(run.policy, cfg, cfg.warm_lr), min(cfg.warm_rows, len(examples))
     with run.bar(cfg.warm_steps, "warm start") as bar:
@@ -590,7 +631,9 @@ def warm_start(run: Run, examples: list[Example]) -> None:
                 group["lr"] = cfg.warm_lr * (1 - 0.9 * (step - 1) / cfg.warm_steps)
             rows = make_anchors(run, data.step_examples(examples, cfg.seed, step, n_rows))
             pairs = [(r.prompt_ids, r.response_ids) for r in rows]
-            metrics = update(run.policy, optimizer, pairs, [1.0] * len(rows), run.mesh, cfg.micro_tokens, cfg.grad_clip)
+            n_tokens = sum(len(response) for _, response in pairs)
+            sums = accumulate(run.policy, pairs, [1.0] * len(rows), n_tokens, run.mesh, cfg.micro_tokens)
+            metrics = apply(run.policy, optimizer, sums, n_tokens, cfg.grad_clip)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}")
             bar.update()
     copy_weights(run.policy.lm, run.copy)
@@ -626,8 +669,9 @@ def train(run: Run, warm_examples: list[Example]) -> None:
     bar = tqdm(total=steps, initial=done, desc="steps", disable=not main, dynamic_ncols=True)
     for step in range(done + 1, steps + 1):
         try:
-            metrics, rows, advantages = train_step(run, step)
+            metrics, rows = train_step(run, step)
         except JudgeStop:
+            run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
             save_step(run, step - 1)
             raise
         stats: list = [None] * run.mesh.size()
@@ -635,8 +679,8 @@ def train(run: Run, warm_examples: list[Example]) -> None:
         if main:
             bill = metrics["judge"] = {k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
             bill["dollars_projected"] = bill["dollars"] * steps / step
-            for row, advantage in zip(rows, advantages, strict=True):
-                append(out / "rollouts.jsonl", {"step": step, **record(row), "advantage": advantage})
+            for row in rows:
+                append(out / "rollouts.jsonl", {"step": step, **record(row), "advantage": row.advantage})
             append(out / "metrics.jsonl", metrics)
             if tracker:
                 tracker(metrics, step)

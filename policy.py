@@ -4,7 +4,8 @@
 
 n_tokens counts the response tokens of all rows on all ranks, so that the update is the same for any number of ranks and
 any micro-batch: gradients are summed over both and never averaged (the release averages means of micro-batches; arXiv
-2606.04095 says token-mean). Four things make it fit and stay exact:
+2606.04095 says token-mean). For the same reason a step may `accumulate` its rows in parts, while the judge still reads
+the others, before it is `apply`d. Four things make it fit and stay exact:
 
     master weights   fp32, sharded by FSDP2. At a learning rate of 1e-6 a bf16 weight of 0.02 would never move:
                      its neighbours are 1.2e-4 away.
@@ -142,30 +143,39 @@ def collate(rows: list[tuple[list[int], list[int], float]], device) -> tuple[Ten
     )
 
 
-def update(
+def accumulate(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
     rows: list[tuple[list[int], list[int]]],
     advantages: list[float],
+    n_tokens: int,
     mesh: DeviceMesh,
     micro_tokens: int,
-    grad_clip: float,
-) -> dict:
-    """One optimiser step on all rows of a training step: (prompt, response) token ids, and an advantage each.
+) -> Tensor:
+    """Add the gradient of some rows of a training step: (prompt, response) token ids, and an advantage each.
 
-    Every rank gets the same arguments and takes its share. Rows of zero advantage count in n_tokens, and their
-    log-probs in the metrics. Returns loss, gradient norm before clipping, mean log-prob and entropy in nats, tokens.
-    Raises FloatingPointError, with the weights untouched, if the gradient is not finite.
+    Every rank gets the same arguments and takes its share; n_tokens counts the whole step, so that the parts of a step
+    may come one after the other. Returns this rank's sums [3], fp64, of loss, log-prob and entropy, for `apply`.
     """
     device = next(policy.parameters()).device
-    n_tokens = sum(len(response) for _, response in rows)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     lengths = [len(prompt) + len(response) for prompt, response in rows]
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, log-prob, entropy
     for batch in deal(lengths, mesh.size(), micro_tokens)[mesh.get_rank()]:
         tensors = collate([(*rows[i], -advantages[i] / n_tokens) for i in batch], device)
         loss, logp, entropy = policy(*tensors)
         loss.backward()
         sums += torch.stack([loss.detach().double(), logp.double().sum(), entropy.double().sum()])
+    return sums
+
+
+def apply(
+    policy: Policy, optimizer: torch.optim.Optimizer, sums: Tensor, n_tokens: int, grad_clip: float
+) -> dict[str, float]:
+    """One optimiser step with the gradients that `accumulate` left; `sums` [3] are the sum of what it returned.
+
+    Rows of zero advantage count in n_tokens, and their log-probs in the metrics. Returns loss, gradient norm before
+    clipping, mean log-prob and entropy in nats, tokens. Raises FloatingPointError, with the weights untouched, if the
+    gradient is not finite.
+    """
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)).item()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
@@ -185,14 +195,24 @@ def update(
     }
 
 
+def state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
+    """What a checkpoint holds, in tensors that the two own."""
+    if not optimizer.state:
+        # torch fills an optimiser that has made no step by a step at rate 0, which Adam's bias correction would count.
+        get_state_dict(policy, optimizer)
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    model, optim = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
 def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Checkpoint of weights and optimiser, sharded over the ranks; it gets its name only when it is whole."""
     tmp = folder.with_name(f".{folder.name}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)  # what a killed run left
     dist.barrier()
-    model, optim = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=tmp)
+    dcp.save(state(policy, optimizer), checkpoint_id=tmp)
     if dist.get_rank() == 0:
         os.replace(tmp, folder)
     dist.barrier()
@@ -200,9 +220,9 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None
 
 def load(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Read a checkpoint of `save` into both, in place."""
-    model, optim = get_state_dict(policy, optimizer)
-    dcp.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    read = state(policy, optimizer)
+    dcp.load(read, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
 
 
 def export(policy: Policy, source: Path, out: Path, rank: int) -> None:

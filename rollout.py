@@ -125,7 +125,8 @@ class _Slots(DynamicLayer):
 
     def __init__(self, decoder: Decoder, keys: Tensor, values: Tensor):
         super().__init__()
-        self.decoder, self.is_initialized = decoder, True
+        # A proxy, since the decoder holds this: in a cycle, gigabytes would wait for Python's garbage collector.
+        self.decoder, self.is_initialized = weakref.proxy(decoder), True
         self.keys, self.values = keys.flatten(0, 1), values.flatten(0, 1)  # views [R * KV, L, D]
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -351,14 +352,19 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictio
 
 
 def _decoder(model: nn.Module, rows: int, length: int, sampling: Sampling) -> Decoder:
-    """The model's decoder of the last call where it still fits: a training step then finds its graphs captured."""
+    """The model's decoder of the last call where it still fits: a training step then finds its graphs captured.
+
+    One more than twice too large does not: after a validation with long stories an update needs the room.
+    """
+    bucket = BUCKET[model.device.type]
+    length = -(-length // bucket) * bucket
     d = _decoders.get(model)
-    fits = d and d.rows >= rows and d.length >= length and d.sampling == replace(sampling, max_new_tokens=d.length)
+    fits = d and rows <= d.rows and length <= d.length and d.rows * d.length <= 2 * rows * length
+    fits = fits and d.sampling == replace(sampling, max_new_tokens=d.length)
     if not fits or d.weights != [p.data_ptr() for p in model.parameters()]:
         _decoders.pop(model, None)  # free the old tensors before the new ones are made
         del d
-        bucket = BUCKET[model.device.type]
-        d = _decoders[model] = Decoder(model, rows, -(-length // bucket) * bucket, sampling)
+        d = _decoders[model] = Decoder(model, rows, length, sampling)
     return d
 
 

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from worlds import ROOT, World, polaris_main
@@ -126,6 +130,141 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
     alone = read(tmp_path / "alone" / "rollouts.jsonl")
     assert [(r["uid"], r["row"]) for r in alone] == [(r["uid"], r["row"]) for r in first]
     assert sum(a["story"] == b["story"] for a, b in zip(alone, first, strict=True)) >= len(first) - 1
+
+
+def group(uid: str, lengths: list[int], anchor: int = 0) -> list[polaris.Row]:
+    """A group of drafts of so many tokens, and an anchor if it has any."""
+    example = polaris.Example(uid, f"Write about {uid}.", 30, "It rained.")
+    drafts = [polaris.Row(example, k, False, [1], [2] * n, True, "", "It rained.") for k, n in enumerate(lengths)]
+    return drafts + [polaris.Row(example, len(lengths), True, [1], [2] * anchor, True, "", "It rained.")] * (anchor > 0)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 8192), min_size=2, max_size=6), st.integers(0, 8192)), min_size=1))
+def test_waves_take_whole_groups_those_that_ended_first_first_and_half_of_the_tokens_each(groups):
+    drafted = [group(str(i), lengths, 0) for i, (lengths, _) in enumerate(groups)]
+    anchors = [
+        row for i, (lengths, anchor) in enumerate(groups) for row in group(str(i), lengths, anchor)[len(lengths) :]
+    ]
+    rows = [row for drafts in drafted for row in drafts] + anchors  # as `write` returns them
+    parts = polaris.waves(rows)
+    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+    uids = [{rows[i].example.uid for i in part} for part in parts]
+    assert len(parts) == min(2, len(groups)) and sum(map(len, uids)) == len(groups)
+    if len(parts) == 2:
+        early, late = ([max(groups[int(uid)][0]) for uid in part] for part in uids)  # when a group has ended
+        assert max(early) <= min(late)
+        tokens = [sum(len(rows[i].response_ids) for i in part) for part in parts]
+        largest = max(sum(lengths) + anchor for lengths, anchor in groups)
+        assert abs(tokens[0] - tokens[1]) <= largest
+
+
+class Verdicts(dict):
+    """Verdicts to come; nobody may wait for one that will not come before there has been some gradient work."""
+
+    class Future(Future):
+        def result(self, timeout=None):
+            assert self.done(), "the step waits for a verdict while it could learn from other groups"
+            return super().result(timeout)
+
+    def __init__(self, n: int):
+        super().__init__({i: self.Future() for i in range(n)})
+
+
+@pytest.fixture
+def stubbed_step(monkeypatch):
+    """train_step with everything but its order taken out: stories are there, the verdicts on the longest group are not
+    until gradient work has begun, and `log` tells what happened."""
+    polaris.join()
+    mesh, device = polaris.setup(polaris.parse(["--device", "cpu"]))
+    rows = group("short", [3, 5, 4]) + group("long", [7, 20, 4]) + group("middle", [9, 2, 8])
+    verdicts, log = Verdicts(9), []
+
+    def accumulate(policy, ids, advantages, n_tokens, mesh, micro_tokens):
+        log.append(([len(response) for _, response in ids], [round(a, 3) for a in advantages], n_tokens))
+        for i in late:
+            verdicts[i].set_result(scores[i])
+        late.clear()
+        return torch.zeros(3)
+
+    scores, late = {}, []
+    monkeypatch.setattr(polaris, "write", lambda *args: (rows, verdicts))
+    monkeypatch.setattr(polaris, "accumulate", accumulate)
+    monkeypatch.setattr(polaris, "apply", lambda *args: log.append("apply") or {})
+    monkeypatch.setattr(polaris, "copy_weights", lambda *args: log.append("sync"))
+    cfg = polaris.parse(["--no-anchor", "--prompts", "3", "--group", "3"])
+    run = SimpleNamespace(cfg=cfg, mesh=mesh, device=device, tokenizer=None, optimizer=None, copy=None)
+    run.policy, run.train = SimpleNamespace(lm=None), [rows[i].example for i in (0, 3, 6)]
+
+    def step(answers: list, arrival: list[int]):
+        scores.update({i: judge.Verdict(score=score, error="" if score else "lost") for i, score in enumerate(answers)})
+        late.extend(i for i in arrival if 3 <= i < 6)
+        for i in arrival:
+            if i not in late:
+                verdicts[i].set_result(scores[i])
+        return polaris.train_step(run, 1)
+
+    yield step, log
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("arrival", [range(9), range(8, -1, -1), [4, 8, 0, 6, 5, 2, 7, 1, 3]])
+def test_the_group_that_ended_last_is_judged_while_the_step_learns_from_the_others(stubbed_step, arrival):
+    step, log = stubbed_step
+    metrics, rows = step([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.5, 0.4], arrival)
+    assert log == [  # whatever order verdicts come in
+        ([3, 5, 4, 9, 2, 8], [-1, 0, 1, 1, 0, -1], 62),
+        ([7, 20, 4], [-1, 0, 1], 62),
+        "apply",
+        "sync",
+    ]
+    assert [row.advantage for row in rows] == pytest.approx([-1, 0, 1, -1, 0, 1, 1, 0, -1], abs=1e-3)
+    assert metrics["n"] == 9 and metrics["judge_failures"] == 0
+
+
+def test_failed_verdicts_are_counted_over_the_whole_step_and_stop_it_before_the_optimiser(stubbed_step):
+    step, log = stubbed_step
+    with pytest.raises(judge.JudgeStop, match="5 of 9 stories of step 1 got no verdict.*lost"):
+        step([0.1, None, 0.3, None, None, None, 0.6, None, 0.4], range(9))
+    assert len(log) == 2 and "apply" not in log
+
+
+def test_as_many_failures_as_allowed_in_one_wave_do_not_stop_the_step(stubbed_step):
+    step, log = stubbed_step
+    _, rows = step([None, None, 0.3, 0.4, 0.5, 0.6, None, 0.7, None], range(9))  # four of six, and four of nine
+    assert log[-2:] == ["apply", "sync"] and log[0][1] == [0] * 6
+    assert [row.reward is None for row in rows] == [True, True, False, False, False, False, True, False, True]
+
+
+def main_whose_judge_goes_in_the_second_wave(argv: list[str]) -> int:
+    """polaris.main; the verdicts that are due after the first gradient work never come, on the rank that waits."""
+    accumulate, hear, begun = polaris.accumulate, polaris.hear, []
+
+    def hears(run, rows, wave, verdicts, limit):
+        for i in set(wave) & verdicts.keys() if begun else ():
+            verdicts[i] = Future()
+            verdicts[i].set_exception(judge.JudgeStop("the judge is gone"))
+        return hear(run, rows, wave, verdicts, limit)
+
+    polaris.hear = hears
+    polaris.accumulate = lambda *args: begun.append(1) or accumulate(*args)
+    return polaris.main(argv)
+
+
+def test_a_judge_that_goes_in_the_middle_of_an_update_leaves_nothing_of_it(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    argv = [*TINY, "--steps", "1", "--warm-steps", "0", "--eval-prompts", "1"]
+    run = World(2, main_whose_judge_goes_in_the_second_wave, [*argv, "--out", str(broken)], log=tmp_path / "log")
+    assert run.wait() == [3, 3], run.text()
+    assert "the judge is gone" in run.text()
+    assert [p.name for p in (broken / "checkpoints").iterdir()] == ["step-000000"]
+    run = World(2, polaris_main, ["--out", str(broken), "--resume"], log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
+    run = World(2, polaris_main, [*argv, "--out", str(whole)], log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
+    assert numbers(broken) == numbers(whole)
+    one, other = load_file(whole / "model" / "model.safetensors"), load_file(broken / "model" / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_path):

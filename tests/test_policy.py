@@ -27,18 +27,23 @@ def rows_of(path: Path, examples, n: int):
 STEP = 1000.0  # of plain SGD: so long that (before - after) / STEP is the gradient to float32's last digits
 
 
-def updates(path, rows, advantages, budgets, out):
-    """On every rank, for each micro-batch budget: load, update once with SGD; rank 0 saves the weights and metrics."""
+def updates(path, rows, advantages, splits, out):
+    """On every rank, for each (micro-batch budget, cut): load, one update with SGD, the rows before and from the cut in
+    parts of their own; rank 0 saves the weights and metrics."""
     import polaris
-    from policy import full_tensor, load_policy, update
+    from policy import accumulate, apply, full_tensor, load_policy
 
     polaris.join()
     mesh, device = polaris.setup(polaris.parse(["--device", "cpu"]))
-    results = []
-    for micro_tokens in budgets:
+    n_tokens, results = sum(len(response) for _, response in rows), []
+    for micro_tokens, cut in splits:
         policy, _ = load_policy(path, mesh, device, recompute=micro_tokens == 1)
         optimizer = torch.optim.SGD(policy.parameters(), lr=STEP)
-        metrics = update(policy, optimizer, rows, advantages, mesh, micro_tokens, grad_clip=1e9)
+        sums = sum(
+            accumulate(policy, rows[part], advantages[part], n_tokens, mesh, micro_tokens)
+            for part in (slice(cut), slice(cut, None))
+        )
+        metrics = apply(policy, optimizer, sums, n_tokens, grad_clip=1e9)
         results.append(({name: full_tensor(p).clone() for name, p in policy.lm.named_parameters()}, metrics))
     if mesh.get_rank() == 0:
         torch.save(results, out)
@@ -46,9 +51,9 @@ def updates(path, rows, advantages, budgets, out):
     return 0
 
 
-def updates_in_world(world, tmp_path, path, rows, advantages, budgets):
+def updates_in_world(world, tmp_path, path, rows, advantages, splits):
     out = tmp_path / "updates.pt"
-    run = World(world, updates, path, rows, advantages, budgets, out, log=tmp_path / "log")
+    run = World(world, updates, path, rows, advantages, splits, out, log=tmp_path / "log")
     assert run.wait() == [0] * world, run.text()
     return torch.load(out)
 
@@ -73,7 +78,7 @@ def test_with_equal_drafts_the_update_is_the_weighted_gradient_of_the_anchor_alo
     advantages = group_advantages(rewards, torch.zeros(6, dtype=torch.long), is_anchor, weight=0.4)
     assert advantages[:5].abs().max() == 0 and advantages[5] > 0
 
-    [(weights, _)] = updates_in_world(2, tmp_path, path, rows, advantages.tolist(), [400])
+    [(weights, _)] = updates_in_world(2, tmp_path, path, rows, advantages.tolist(), [(400, 2)])
     n_tokens = sum(len(response) for _, response in rows)
     wanted = reference_gradient(path, rows[5:], [-advantages[5].item() / n_tokens])
     before = AutoModelForCausalLM.from_pretrained(path).state_dict()
@@ -88,7 +93,7 @@ def assert_is_gradient(before, after, wanted):
     assert (steps - gradients).norm() <= 1e-5 * gradients.norm()
 
 
-def test_the_update_is_the_token_mean_of_the_step_on_1_2_and_4_ranks_and_for_any_micro_batch(mini_model, tmp_path):
+def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_micro_batches_and_parts(mini_model, tmp_path):
     path, examples = mini_model
     rows = rows_of(path, examples, 11)  # no multiple of anything, so that some ranks have gaps to fill
     advantages = [(-1) ** i * (0.3 + 0.1 * i) for i in range(11)]
@@ -98,18 +103,23 @@ def test_the_update_is_the_token_mean_of_the_step_on_1_2_and_4_ranks_and_for_any
     before = AutoModelForCausalLM.from_pretrained(path).state_dict()
     norm = torch.stack([p.grad.norm() for p in wanted.values()]).norm().item()
 
-    budgets = [1, 250, 100_000]  # one row (and with recomputed layers), two, all of a rank's rows
+    # Budgets: one row (and with recomputed layers), two, all of a rank's rows. All rows at once, or 5 and 6 of them, or
+    # 1 and 10, when some ranks have nothing to do in the first part.
+    splits = [(1, 0), (1, 5), (250, 0), (250, 5), (100_000, 0), (100_000, 1)]
     for world in (1, 2, 4):
-        for weights, metrics in updates_in_world(world, tmp_path, path, rows, advantages, budgets):
+        results = updates_in_world(world, tmp_path, path, rows, advantages, splits)
+        for weights, metrics in results:
             assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
             assert metrics["tokens"] == n_tokens
+            assert metrics["logp"] == pytest.approx(results[0][1]["logp"], rel=1e-6)
+            assert metrics["loss"] == pytest.approx(results[0][1]["loss"], rel=1e-5)
             assert_is_gradient(before, weights, wanted)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(mini_model, tmp_path):
     path, examples = mini_model
     rows = rows_of(path, examples, 2)
-    run = World(2, updates, path, rows, [float("nan"), 1.0], [999], tmp_path / "x", log=tmp_path / "log")
+    run = World(2, updates, path, rows, [float("nan"), 1.0], [(999, 0)], tmp_path / "x", log=tmp_path / "log")
     assert run.wait() == [1, 1]
     assert "FloatingPointError: the gradient norm is nan: no update was made" in run.text()
     assert not (tmp_path / "x").exists()

@@ -1,7 +1,9 @@
 """rollout.py: tokens are transformers' own; a row's story depends on its prompt, its seed and the weights alone."""
 
 import copy
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -264,6 +266,18 @@ def test_a_story_does_not_depend_on_its_company(model, told):
     assert {i: stories(model, [i])[i] for i in range(n)} == told
 
 
+BREAK_A_CAPTURE = {
+    torch.ops.aten.item.default,  # also float() and int(), in inference mode
+    torch.ops.aten.is_nonzero.default,  # bool()
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.lift_fresh.default,  # torch.tensor(host data)
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.where.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
+
+
 class Tape(TorchDispatchMode):
     """A CUDA graph on the CPU: the operations of one step on the very tensors it used, and nothing of the host's."""
 
@@ -279,7 +293,9 @@ class Tape(TorchDispatchMode):
             t.copy_(old)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        assert func not in BREAK_A_CAPTURE, f"{func}: the step reads from the device, or brings host data to it"
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "how many are True only the device knows"
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
@@ -342,6 +358,26 @@ def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
+
+
+def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(monkeypatch):
+    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would starve the update."""
+    model, held = make("qwen3.5"), []
+
+    def write(rows, limit):
+        generate(model, [[1, 2]] * rows, [0] * rows, Sampling(max_new_tokens=limit), ())
+        if not held or held[-1]() is not rollout._decoders[model]:
+            held.append(weakref.ref(rollout._decoders[model]))
+        return len(held)
+
+    as_on_a_gpu(monkeypatch)
+    gc.disable()
+    try:
+        made = [write(4, 60), write(4, 50), write(3, 60), write(4, 200), write(4, 60), write(5, 60)]
+        assert made == [1, 1, 1, 2, 3, 4]
+        assert [ref() is None for ref in held] == [True, True, True, False]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
