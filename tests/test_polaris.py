@@ -194,6 +194,7 @@ def stubbed_step(monkeypatch):
     monkeypatch.setattr(polaris, "copy_weights", lambda *args: log.append("sync"))
     cfg = polaris.parse(["--no-anchor", "--prompts", "3", "--group", "3"])
     run = SimpleNamespace(cfg=cfg, mesh=mesh, device=device, tokenizer=None, optimizer=None, copy=None)
+    run.judge = SimpleNamespace(url="URL")
     run.policy, run.train = SimpleNamespace(lm=None), [rows[i].example for i in (0, 3, 6)]
 
     def step(answers: list, arrival: list[int]):
