@@ -227,6 +227,13 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: choose from {', '.join(choices)}")
     if cfg.tracker != "none" and not importlib.util.find_spec(cfg.tracker):
         raise ConfigError(f"--tracker {cfg.tracker}: the package is not here; pip install {cfg.tracker}")
+    for f in fields(cfg):
+        if isinstance(value := getattr(cfg, f.name), int | float) and not value >= 0:  # NaN is not either
+            raise ConfigError(f"--{f.name.replace('_', '-')} {value}: must be a number, and not below 0")
+    try:
+        Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty)
+    except ValueError as e:
+        raise ConfigError(f"sampling {e}") from None
     for name in ("prompts", "save_every", "keep", "micro_tokens", "warm_rows", "judge_concurrency", "eval_prompts"):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")

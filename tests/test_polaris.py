@@ -370,6 +370,8 @@ GOOD = dict(
         (None, "--preset paper", 2, "--data is missing"),
         (None, "--preset paper --data d.jsonl", 2, "--judge-url is missing"),
         (None, "--group 2", 2, "--group 2"),
+        (None, "--lr -1", 2, "--lr -1.0"),
+        (None, "--top-p 1.5", 2, "0 < top_p <= 1"),
         (None, "--judge-extra nonsense", 2, "--judge-extra"),
         (None, "--tracker disk", 2, "--tracker"),
         (None, "--tracker wandb", 2, "pip install wandb"),
