@@ -360,7 +360,7 @@ def write(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Ro
             for i in range(rank, len(anchors), world):
                 send(len(jobs) + i, anchors[i])
             seeds = [row_seed(cfg.seed, step, e.uid, k) for e, k in mine]
-            most = -(-cfg.prompts * cfg.group // world)  # a validation takes no more memory a token than a step does
+            most = -(-cfg.prompts * cfg.group // world)  # also in a validation, whose stories are longer
             generate(run.copy, prompts, seeds, sampling, run.eos, max_rows=most, on_finish=on_finish)
         except JudgeStop as e:
             stop = str(e)
