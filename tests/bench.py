@@ -755,7 +755,13 @@ def main():
     command.set_defaults(run=decoding)
 
     command = commands.add_parser("step", help="one rank's share of a published training step, with a slow judge")
-    command.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="sizes to measure; the 9B has 32 [4 8]")
+    command.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[4, 8],
+        help="sizes to measure, multiples of 4 (one in four is attention); the 9B has 32 [4 8]",
+    )
     command.add_argument("--tokens", type=int, help="response limit; default: 8192 on a GPU, 192 on a CPU")
     command.add_argument("--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU")
     command.add_argument("--repeats", type=int, default=1, help="steps after the first; the fastest is shown")
