@@ -51,9 +51,9 @@ def updates(path, rows, advantages, splits, out):
     return 0
 
 
-def updates_in_world(world, tmp_path, path, rows, advantages, splits):
+def updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes=1):
     out = tmp_path / "updates.pt"
-    run = World(world, updates, path, rows, advantages, splits, out, log=tmp_path / "log")
+    run = World(world, updates, path, rows, advantages, splits, out, log=tmp_path / "log", nodes=nodes)
     assert run.wait() == [0] * world, run.text()
     return torch.load(out)
 
@@ -93,7 +93,7 @@ def assert_is_gradient(before, after, wanted):
     assert (steps - gradients).norm() <= 1e-5 * gradients.norm()
 
 
-def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_micro_batches_and_parts(mini_model, tmp_path):
+def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batches_and_parts(mini_model, tmp_path):
     path, examples = mini_model
     rows = rows_of(path, examples, 11)  # no multiple of anything, so that some ranks have gaps to fill
     advantages = [(-1) ** i * (0.3 + 0.1 * i) for i in range(11)]
@@ -106,8 +106,8 @@ def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_micro_batches_an
     # Budgets: one row (and with recomputed layers), two, all of a rank's rows. All rows at once, or 5 and 6 of them, or
     # 1 and 10, when some ranks have nothing to do in the first part.
     splits = [(1, 0), (1, 5), (250, 0), (250, 5), (100_000, 0), (100_000, 1)]
-    for world in (1, 2, 4):
-        results = updates_in_world(world, tmp_path, path, rows, advantages, splits)
+    for world, nodes in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        results = updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes)
         for weights, metrics in results:
             assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
             assert metrics["tokens"] == n_tokens

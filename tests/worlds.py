@@ -13,12 +13,12 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["polaris"])
 
 
-def _rank(rank: int, world: int, port: int, log: str, function, args) -> None:
+def _rank(rank: int, world: int, nodes: int, port: int, log: str, function, args) -> None:
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % (world // nodes)),
         "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world // nodes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
@@ -33,15 +33,17 @@ def _rank(rank: int, world: int, port: int, log: str, function, args) -> None:
 
 
 class World:
-    """`function(*args)` on `world` ranks; its return value is each rank's exit status."""
+    """`function(*args)` on `world` ranks, which believe to be on so many nodes; its return value is each rank's exit
+    status."""
 
-    def __init__(self, world: int, function, *args, log: Path):
+    def __init__(self, world: int, function, *args, log: Path, nodes: int = 1):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.log = Path(log)
         self.ranks = [
-            context.Process(target=_rank, args=(rank, world, port, str(log), function, args)) for rank in range(world)
+            context.Process(target=_rank, args=(rank, world, nodes, port, str(log), function, args))
+            for rank in range(world)
         ]
         for process in self.ranks:
             process.start()
