@@ -56,6 +56,7 @@ import judge as judging
 import mini
 import offline
 from data import DataError, Example
+from eval import mean
 from grpo import anchor_weight, group_advantages
 from judge import Judge, JudgeStop, Reward, RewardConfig, Verdict
 from policy import Policy, accumulate, apply, export, load, load_policy, save
@@ -507,11 +508,6 @@ def clock(run: Run) -> float:
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def mean(values) -> float | None:
-    values = list(values)
-    return statistics.fmean(values) if values else None
 
 
 def summary(rows: list[Row]) -> dict:
