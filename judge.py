@@ -632,10 +632,13 @@ class Judge:
         return {**stats, "dollars": dollars}
 
     def close(self):
-        """End the threads; what is still pending gets JudgeStop."""
+        """End the threads; what is still pending gets JudgeStop. One that waits for a silent server is left behind."""
         self._halt("the judge was closed")
         for _ in self._threads:
             self._queue.put(None)
+        deadline = time.monotonic() + 1.0
+        for thread in self._threads:  # or their sessions would be finalised while Python exits, which it cannot bear
+            thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             if self._cache:
                 self._cache.close()

@@ -709,6 +709,16 @@ def test_close_fails_what_is_pending():
             future.result(timeout=0)
 
 
+def test_close_leaves_no_idle_thread():
+    with scripted(answer(GOOD)) as server:
+        with client(server.url) as judging:
+            for future in [judging.submit("p", str(i)) for i in range(8)]:
+                future.result()
+            threads = judging._threads
+            assert len(threads) == 4
+        assert not any(thread.is_alive() for thread in threads)
+
+
 # ------------------------------------------------------------------------------------------------ cache and key
 
 
