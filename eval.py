@@ -1,6 +1,6 @@
 """Evaluation: stories for a list of prompts, Story Quality by requested length, and the report of a training run.
 
-    python eval.py stories --model RUN/export --prompts test.jsonl --out stories.jsonl
+    python eval.py stories --model RUN/model --prompts test.jsonl --out stories.jsonl
     python eval.py score stories.jsonl --judge-url https://HOST/v1 --judge-model NAME --judge-key-env JUDGE_API_KEY
     python eval.py report RUN
 

@@ -384,7 +384,7 @@ def hear(run: Run, rows: list[Row], wave: list[int], verdicts: dict[int, Future]
 
     Raises JudgeStop on every rank if it happened on any.
     """
-    mine, stop = {}, ""
+    mine, stop, cfg = {}, "", replace(run.cfg, max_response=limit)
     try:
         mine = {i: verdicts[i].result() for i in wave if i in verdicts}
     except JudgeStop as e:
@@ -392,7 +392,7 @@ def hear(run: Run, rows: list[Row], wave: list[int], verdicts: dict[int, Future]
     for part in share(mine, stop):
         for i, verdict in part.items():
             rows[i].verdict = verdict
-            rows[i].reward = reward_of(rows[i], run.tokenizer, replace(run.cfg, max_response=limit))
+            rows[i].reward = reward_of(rows[i], run.tokenizer, cfg)
 
 
 def waves(rows: list[Row]) -> list[list[int]]:

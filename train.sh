@@ -17,7 +17,4 @@ fi
 # 2. One rank per GPU; without a GPU four ranks on the CPU, so that the miniature is sharded like the real run.
 ranks=$("$here/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count() or 4)')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what torchrun would set, with a warning
-"$here/.venv/bin/torchrun" --standalone --nproc_per_node="$ranks" "$here/polaris.py" "$@" || {
-    echo "train.sh: the run stopped; above torchrun's report, the line that begins with 'polaris' says why" >&2
-    exit 1
-}
+exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node="$ranks" "$here/polaris.py" "$@"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from worlds import ROOT, World, polaris_main
 
+import data
 import judge
 import offline
 import polaris
@@ -58,18 +59,28 @@ def numbers(out: Path) -> dict:
 
 
 def checked_main(argv: list[str]) -> int:
-    """polaris.main, asserting after every step that the copy which writes equals the policy which learns."""
-    step = polaris.train_step
+    """polaris.main, asserting after every step that it learnt from every row whole, anchors included, and that the copy
+    which writes equals the policy which learns."""
+    step, accumulate, taught = polaris.train_step, polaris.accumulate, []
+
+    def noted(policy, ids, advantages, *rest):
+        taught.extend(zip(ids, advantages, strict=True))
+        return accumulate(policy, ids, advantages, *rest)
 
     def checked_step(run, number):
         before = {name: p.clone() for name, p in run.copy.named_parameters()}
+        taught.clear()
         result = step(run, number)
+        assert sorted(taught) == sorted(((r.prompt_ids, r.response_ids), r.advantage) for r in result[1])
+        for anchor in [r for r in result[1] if r.anchor]:
+            whole = data.encode_anchor(run.tokenizer, anchor.example, run.cfg.thinking, max_response=10**9)
+            assert anchor.response_ids == whole and anchor.advantage != 0
         for (name, p), written in zip(run.policy.lm.named_parameters(), run.copy.parameters(), strict=True):
             assert torch.equal(full_tensor(p), written), f"{name} of the copy is stale at step {number}"
         assert any(not torch.equal(before[name], p) for name, p in run.copy.named_parameters())
         return result
 
-    polaris.train_step = checked_step
+    polaris.train_step, polaris.accumulate = checked_step, noted
     return polaris.main(argv)
 
 
