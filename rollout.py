@@ -16,10 +16,8 @@ A token x is drawn from the logits z of its row in the order of transformers' pr
 u knows neither batch nor rank, so a row tells the same story in any company, up to the arithmetic of the model. At
 temperature 0 it takes the likeliest token. (Where tokens tie for the k-th place, exactly k stay.)
 
-While it decodes, a model's attention, RMS norms and Qwen3.5's Gated DeltaNet run as the functions below: the same
-arithmetic for one token in fewer kernels (a thousand of 2 us each cost half as much as reading a 9B's weights), and
-the delta rule sweeps its fp32 state five times where transformers' own fallback does thirteen times. They round where
-the model rounds, so that in bf16, too, stories are sampled from the distribution that training will see.
+While it decodes, a model's attention, RMS norms and Qwen3.5's Gated DeltaNet run as the functions of `decode.py`: the
+same arithmetic for one token in fewer kernels, rounded where the model rounds.
 Full attention (any number of key heads) and linear attention are decoded; sliding windows are refused.
 
     rollouts = generate(model, prompts, seeds, Sampling(max_new_tokens=1024), eos=tokenizer.eos_token_id)
@@ -34,15 +32,15 @@ import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from decode import FUSED, decoding
 
 # A GPU runs captured steps; every (rows, bucket) costs a capture and every look drains the queue: both are rare there.
 CAPTURE = {"cuda": True, "cpu": False}
@@ -117,7 +115,7 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One token through the layers: what replaces the model's own modules while it decodes
+# The cache that a step reads and writes
 
 
 class _Slots(DynamicLayer):
@@ -135,82 +133,6 @@ class _Slots(DynamicLayer):
         self.keys[lane, at], self.values[lane, at] = key.flatten(0, 2), value.flatten(0, 2)
         shape = key.shape[:2]
         return self.keys[:, :bucket].unflatten(0, shape), self.values[:, :bucket].unflatten(0, shape)
-
-
-def _attend(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **kwargs):
-    """Attention of one token a row: query [R, H, 1, D]; key, value [R, KV, S, D]; additive mask [R, 1, 1, S].
-
-    The H / KV query heads of a key head are H / KV queries to it, so that the cache is read once and never repeated.
-    """
-    if softcap is not None or s_aux is not None:
-        raise ValueError("rollout.py decodes plain softmax attention: no soft cap, no attention sinks")
-    (rows, heads, _, dim), kv = query.shape, key.shape[1]
-    query = query.reshape(rows, kv, heads // kv, dim)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, value.shape[-1]), None
-
-
-AttentionInterface.register("rollout_decode", _attend)
-
-
-def _rms_norm(module, x):
-    return F.rms_norm(x, module.weight.shape, eps=module.variance_epsilon) * module.weight
-
-
-def _rms_norm_about_one(module, x):
-    return F.rms_norm(x.float(), module.weight.shape, module.weight.float() + 1, module.eps).type_as(x)
-
-
-def _delta_net(module, hidden_states, cache_params, **kwargs):
-    """Gated DeltaNet (arXiv 2412.06464) for one token a row, its two states updated in place: [R, 1, E] -> [R, 1, E].
-
-    S <- a S + k (b (v - a S^T k))^T,  o = S^T q  per value head, with S [K, V] in fp32, decay a, write strength b.
-    S^T k and S^T q are one product with the old S, because S_new^T q = a S^T q + (k.q) b (v - a S^T k).
-    """
-    layer = cache_params.layers[module.layer_idx]
-    conv, state = layer.conv_states[0], layer.recurrent_states[0]  # [R, C, 4], [R, HV, K, V]
-    rows, (heads, dim_k, dim_v) = len(state), state.shape[1:]
-    x = module.in_proj_qkv(hidden_states)  # [R, 1, C]
-    conv.copy_(torch.cat((conv[:, :, 1:], x.transpose(1, 2)), -1))
-    x = (conv.float() * module.conv1d.weight.squeeze(1)).sum(-1).type_as(x)  # the convolution's last position: [R, C]
-    qk, v = F.silu(x).float().split((conv.shape[1] - heads * dim_v, heads * dim_v), -1)
-    # x / |x| is an RMS norm over sqrt(K); one scale of 1 / sqrt(K) more belongs to q and comes at the end.
-    qk = F.rms_norm(qk.reshape(rows, 2, -1, dim_k), (dim_k,), eps=1e-6 / dim_k) * dim_k**-0.5  # [R, 2, HK, K]
-    qk = qk.transpose(1, 2).repeat_interleave(heads // qk.shape[2], 1).flatten(0, 1)  # [R * HV, 2, K]
-    decay = (-module.A_log.float().exp() * F.softplus(module.in_proj_a(hidden_states).float() + module.dt_bias)).exp()
-    write = module.in_proj_b(hidden_states).sigmoid().float()  # [R, 1, HV], as is the decay
-    state = state.view(rows * heads, dim_k, dim_v).mul_(decay.view(-1, 1, 1))
-    read = torch.bmm(qk, state)  # [R * HV, 2, V]: a S^T q, a S^T k
-    q, k = qk.split(1, 1)
-    delta = (v.reshape(rows * heads, 1, dim_v) - read[:, 1:]) * write.view(-1, 1, 1)
-    state.baddbmm_(k.transpose(1, 2), delta)
-    out = (read[:, :1] + (q * k).sum(-1, keepdim=True) * delta) * dim_k**-0.5
-    z = module.in_proj_z(hidden_states).float()
-    out = _rms_norm(module.norm, out.type_as(x)) * F.silu(z).view(rows * heads, 1, dim_v)
-    return module.out_proj(out.type_as(x).view(rows, 1, -1))
-
-
-LEAN = {"Qwen3_5GatedDeltaNet": _delta_net, "Qwen3_5RMSNorm": _rms_norm_about_one} | dict.fromkeys(
-    ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm"), _rms_norm
-)
-
-
-@contextmanager
-def _decoding(model: nn.Module):
-    """Decode with the functions above; every other module of the model stays as it is."""
-    config = model.config.get_text_config(decoder=True)
-    attention = config._attn_implementation
-    # A forward set on the instance (by accelerate, by a kernel hub) is somebody's wish: left alone.
-    lean = [m for m in model.modules() if type(m).__name__ in LEAN and "forward" not in vars(m)]
-    config._attn_implementation = "rollout_decode"
-    for module in lean:
-        module.forward = partial(LEAN[type(module).__name__], module)
-    try:
-        yield
-    finally:
-        config._attn_implementation = attention
-        for module in lean:
-            del module.forward
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,7 +345,7 @@ def generate(
                         del prefilled[prompt]
             if not any(places):
                 return rollouts
-            with _decoding(model):
+            with decoding(model):
                 while any(places) and not (waiting and None in places):
                     places = _compact(d, places)
                     for r in _advance(d, places, prompts, sampling.max_new_tokens, stop, progress):
@@ -523,4 +445,4 @@ def kernels(model: nn.Module) -> str:
             line += f"; {name}: {used if used != 'transformers' else 'torch fallback'}"
     if "torch fallback" in line and model.device.type == "cuda":
         line += " (slow: it can take half of a Qwen3.5-9B update; pip install flash-linear-attention causal-conv1d)"
-    return f"{line}; decoding: rollout.py's own"
+    return f"{line}; decoding: decode.py's own, in {'Triton' if FUSED[model.device.type] else 'torch'}"

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import decode  # noqa: E402
 import grpo  # noqa: E402
 import rollout  # noqa: E402
 
@@ -386,26 +387,22 @@ def write_by_transformers(cache, model, prompt, rows, n):
     assert out.shape[1] == len(prompt) + n
 
 
-def decode_table(model, prompt, rows, lengths, peer, static, repeats, bandwidth):
-    """One row per writer and length: the best of several turns, taken in rotation, since other load only adds."""
-    device = model.device
-    runs = {("rollout.generate", n): write for n in lengths}
-    runs["transformers generate", peer] = functools.partial(write_by_transformers, None)
-    if static:
-        runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
+def decode_table(model, prompt, rows, runs, repeats, bandwidth):
+    """A line per run {(label, new tokens): function}: the best of several turns in rotation, as load only adds.
+
+    In the first turn caches are made, graphs captured, kernels compiled.
+    """
     times = {key: [] for key in runs}
-    for turn in range(repeats + 1):  # in the first turn caches are made, graphs captured, kernels compiled
+    for turn in range(repeats + 1):
         for (label, n), run in runs.items():
             progress(f"{label}, {n:,} tokens, turn {turn}")
             call = functools.partial(run, model, prompt, rows, n)
-            times[label, n].append(seconds(call, device, repeats=1, warmup=0))
-    step = {(label, n): min(took[1:]) / n for (label, n), took in times.items()}
+            times[label, n].append(seconds(call, model.device, repeats=1, warmup=0))
     lines = []
     for (label, n), took in times.items():
-        s, moved = step[label, n], step_bytes(model, rows, len(prompt) + n / 2)
+        s, moved = min(took[1:]) / n, step_bytes(model, rows, len(prompt) + n / 2)
         line = {"": label, "tokens a row": n, "first call, s": took[0], "tokens/s": rows / s, "ms a step": s * 1e3}
-        line |= {"GB a step": moved / 1e9, "GB/s": moved / s / 1e9, "% of the floor": 100 * moved / bandwidth / s}
-        lines.append(line | {"x generate": step["transformers generate", peer] / s})
+        lines.append(line | {"GB a step": moved / 1e9, "% of the floor": 100 * moved / bandwidth / s})
     return lines
 
 
@@ -424,7 +421,19 @@ def decoding(args):
         size = sum(p.numel() for p in model.parameters())
         kernels = rollout.kernels(model)
         prompt = list(range(1, args.prompt + 1))
-        lines = decode_table(model, prompt, args.rows, lengths, peer, args.static, repeats, bandwidth)
+        runs = {("rollout.generate", n): write for n in lengths}
+        runs["transformers generate", peer] = functools.partial(write_by_transformers, None)
+        if args.static:
+            runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
+        lines = decode_table(model, prompt, args.rows, runs, repeats, bandwidth)
+        if decode.FUSED[device.type]:
+            decode.FUSED[device.type] = False
+            rollout._decoders.clear()  # with the graphs of the kernels in Triton
+            runs = {("rollout.generate, decode.py in torch", n): write for n in lengths}
+            lines += decode_table(model, prompt, args.rows, runs, repeats, bandwidth)
+            decode.FUSED[device.type] = True
+        usual = next(line["tokens/s"] for line in lines if line[""] == "transformers generate")
+        lines = [line | {"x generate": line["tokens/s"] / usual} for line in lines]
         print(f"{label}: {size / 1e6:,.2f} M parameters, {args.rows} rows, prompt {args.prompt}; {kernels}\n")
         table(lines)
         results.append({"model": label, "parameters": size, "kernels": kernels, "rows": lines})
