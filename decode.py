@@ -75,7 +75,7 @@ def _attend_triton(query, key, value, mask, scaling):
     out = query.new_empty(rows * kv, parts, group, dim, dtype=torch.float32)
     lse = query.new_empty(rows * kv, parts, group, dtype=torch.float32)
     _attend_kernel[rows * kv, parts](
-        *(query.contiguous(), key, value, mask, out, lse, scaling, key.stride(1), key.shape[2]),
+        *(query.contiguous(), key, value, mask, out, lse, scaling, key.stride(0) // kv, key.shape[2]),
         **dict(KV=kv, G=group, D=dim, PART=PART, BLOCK_D=block_d),
         **dict(BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=max(16, min(64, 8192 // block_d))),
     )

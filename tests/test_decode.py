@@ -52,10 +52,12 @@ def assert_same(got, want):
 
 @in_triton
 @FLOATS
-@pytest.mark.parametrize(("dim", "group", "bucket"), [(8, 1, 32), (20, 3, 256), (64, 4, 300), (128, 17, 544)])
-def test_attention_in_triton(dim, group, bucket, dtype):
+@pytest.mark.parametrize(
+    ("dim", "kv", "group", "bucket"), [(8, 2, 1, 32), (20, 1, 3, 256), (64, 2, 4, 300), (128, 1, 17, 544)]
+)
+def test_attention_in_triton(dim, kv, group, bucket, dtype):
     """Ragged rows, parts of which nothing may be read, padded sizes; what lies behind the bucket is never looked at."""
-    rows, kv = 3, 2
+    rows = 3
     query = normal(rows, kv * group, 1, dim, dtype=dtype)
     keys, values = (normal(rows * kv, bucket + 32, dim, dtype=dtype, seed=s) for s in (1, 2))
     keys[:, bucket:] = values[:, bucket:] = float("nan")

@@ -471,6 +471,7 @@ def sharded_gradients(rank, world, folder):
         root.zero_grad()
     if rank == 0:
         torch.save(out, f"{folder}/world{world}.pt")
+    torch.distributed.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
     torch.distributed.destroy_process_group()
 
 

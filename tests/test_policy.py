@@ -47,6 +47,7 @@ def updates(path, rows, advantages, splits, out):
         results.append(({name: full_tensor(p).clone() for name, p in policy.lm.named_parameters()}, metrics))
     if mesh.get_rank() == 0:
         torch.save(results, out)
+    torch.distributed.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
     torch.distributed.destroy_process_group()
     return 0
 

@@ -524,6 +524,7 @@ def _shards_to_copies(rank, world, path):
             copy_weights(policy, twin)
             for (name, ours), theirs in zip(whole.named_parameters(), twin.parameters(), strict=True):
                 assert torch.equal(ours.to(dtype), theirs), (rank, name)
+    dist.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
     dist.destroy_process_group()
 
 
