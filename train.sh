@@ -17,4 +17,5 @@ fi
 # 2. One rank per GPU; without a GPU four ranks on the CPU, so that the miniature is sharded like the real run.
 ranks=$("$here/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count() or 4)')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what torchrun would set, with a warning
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # rows of all lengths would fragment a full GPU
 exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node="$ranks" "$here/polaris.py" "$@"

@@ -224,10 +224,24 @@ def test_parity_with_fp64(backend, seed, n, h, v, temperature, dtype, rows):
                 assert_near(a, b, 1e-2 if dtype == torch.bfloat16 and i > 2 else 1e-5, scale)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_with_fp64_on_a_gpu(backend, dtype, monkeypatch):
+    """There bf16 operands meet in GEMMs with fp32 results, and gradients are written over logits."""
+    monkeypatch.setitem(grpo.CHUNK_ROWS, "cuda", 64)
+    hidden, weight, targets, coef = (x.detach().cuda() for x in problem(3, 300, 64, 9001, dtype))
+    args = hidden.requires_grad_(), weight.requires_grad_(), targets, coef, 0.7
+    want = definition(*args)
+    for got in both_schemes(*args, backend):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_near(a, b, 1e-2 if dtype == torch.bfloat16 and i > 2 else 1e-5, 1.0 if i < 3 else 0.0)
+
+
 @pytest.mark.skipif(grpo.triton is None or INTERPRETED, reason="no Triton here, or inside already")
 def test_kernels_in_the_interpreter():
     """All triton cases, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton and not gpu", "-p", "no:cacheprovider"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
