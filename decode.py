@@ -72,12 +72,13 @@ def _attend_triton(query, key, value, mask, scaling):
     """query [R, KV, G, D]; key, value [R, KV, S, D], rows of one static tensor; mask [R, 1, 1, S] -> [R, KV, G, D]."""
     rows, kv, group, dim = query.shape
     parts, block_d = triton.cdiv(key.shape[2], PART), max(16, triton.next_power_of_2(dim))
+    block = max(16, min(64, 16384 // (block_d * key.itemsize)))  # 16 KB of keys a turn: three turns are in flight
     out = query.new_empty(rows * kv, parts, group, dim, dtype=torch.float32)
     lse = query.new_empty(rows * kv, parts, group, dtype=torch.float32)
     _attend_kernel[rows * kv, parts](
         *(query.contiguous(), key, value, mask, out, lse, scaling, key.stride(0) // kv, key.shape[2]),
-        **dict(KV=kv, G=group, D=dim, PART=PART, BLOCK_D=block_d),
-        **dict(BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=max(16, min(64, 8192 // block_d))),
+        **dict(KV=kv, G=group, D=dim, PART=PART),
+        **dict(BLOCK_D=block_d, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block),
     )
     return (lse.softmax(1)[..., None] * out).sum(1).type_as(query).view(query.shape)
 

@@ -169,6 +169,7 @@ from triton.compiler import ASTSource
 types = dict(S="i32", C="i32", lane_stride="i32", x_stride="i32", eps="fp32", scale="fp32", lse="*fp32")
 kernels = [
     (decode._attend_kernel, dict(KV=4, G=4, D=256, PART=decode.PART, BLOCK_D=256, BLOCK_G=16, BLOCK=32), 4),
+    (decode._attend_kernel, dict(KV=8, G=4, D=128, PART=decode.PART, BLOCK_D=128, BLOCK_G=16, BLOCK=64), 4),
     (decode._norm_kernel, dict(D=4096, BLOCK=4096, ABOUT_ONE=True, GATED=False), 8),
     (decode._norm_kernel, dict(D=128, BLOCK=128, ABOUT_ONE=False, GATED=True), 1),
     (decode._convolution_kernel, dict(TAPS=4, BLOCK=256), 4),
