@@ -1,30 +1,39 @@
-"""Triton's interpreter as near to a GPU as tests need it: TRITON_INTERPRET=1 must be set before Triton is imported.
+"""Triton's interpreter: kernels on the CPU, in a process that has TRITON_INTERPRET=1 before it first imports Triton."""
 
-Triton 3.6's truncates where a GPU rounds fp32 to bf16, and multiplies bf16 matrices as if their bits were integers.
-"""
-
-import numpy as np
-import torch
-import triton.language as tl
-from triton.runtime import interpreter
-
-_convert = interpreter._convert_float
+import os
+import subprocess
+import sys
 
 
-def _convert_float(x, source, target, rounding):
-    if (source, target) == (tl.float32, tl.bfloat16):
-        bits = torch.from_numpy(x.view(np.float32).copy()).bfloat16().view(torch.int16)
-        return bits.numpy().view(np.uint16).reshape(x.shape)
-    return _convert(x, source, target, rounding)
+def run(file: str, cases: str) -> None:
+    """Run a test file's `cases` (pytest's -k) in the interpreter, in a process of their own; none may be skipped."""
+    command = [sys.executable, "-m", "pytest", file, "-q", "-k", cases, "-p", "no:cacheprovider"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
 
 
-def _dot(self, a, b, sums, *_):
+def mend() -> None:
+    """Triton 3.6's truncates where a GPU rounds fp32 to bf16, and multiplies bf16 matrices as if they were integers."""
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = torch.from_numpy(x.view(np.float32).copy()).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16).reshape(x.shape)
+        return convert(x, source, target, rounding)
+
     def wide(x):
-        return _convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype == tl.bfloat16 else x.data
+        return convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype == tl.bfloat16 else x.data
 
-    product = np.matmul(wide(a), wide(b), dtype=sums.data.dtype)
-    return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
+    def dot(self, a, b, sums, *_):
+        product = np.matmul(wide(a), wide(b), dtype=sums.data.dtype)
+        return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 
-
-interpreter._convert_float = _convert_float
-interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter._convert_float = rounded
+    interpreter.InterpreterBuilder.create_dot = dot

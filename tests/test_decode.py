@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,16 +26,12 @@ DEVICE = "cuda" if GPU else "cpu"
 in_triton = pytest.mark.skipif(not decode.FUSED[DEVICE], reason="needs a GPU or Triton's interpreter")
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if INTERPRETED:
-    import interpreter  # noqa: F401 (it mends Triton's)
+    interpreter.mend()
 
 
 @pytest.mark.skipif(decode.triton is None or decode.FUSED[DEVICE], reason="no Triton here, or inside already")
 def test_kernels_in_the_interpreter():
-    """All triton cases, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton", "-p", "no:cacheprovider"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+    interpreter.run(__file__, "triton")
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -78,13 +75,11 @@ def test_attention_in_triton(dim, kv, group, bucket, dtype):
 @pytest.mark.parametrize("dim", [1, 48, 128, 1000])
 def test_norms_in_triton(dim, dtype):
     x = normal(5, 1, 3, 2 * dim, dtype=dtype)[..., :dim]  # rows with a gap between them, as Qwen3.5's queries have
-    for name, function in (("Qwen3RMSNorm", decode._rms_norm), ("Qwen3_5RMSNorm", decode._rms_norm_about_one)):
-        kind = "qwen3" if name == "Qwen3RMSNorm" else "qwen3.5"
+    for kind in ("qwen3", "qwen3.5"):
         module = type(make(kind).model.norm)(dim).to(DEVICE, dtype)
         with torch.no_grad():
             module.weight.copy_(normal(dim, seed=1))
-            assert type(module).__name__ == name
-            assert_same(function(module, x), module(x))
+            assert_same(decode.LEAN[type(module).__name__](module, x), module(x))
 
 
 @in_triton
@@ -190,7 +185,6 @@ for kernel, constants, warps in kernels:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
             usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-        print(kernel.__name__, capability, built.metadata.shared, usage.split()[-12:])
         registers, stack = (int(re.search(rf"{key}:(\\d+)", usage)[1]) for key in ("REG", "STACK"))
         assert stack == 0 and registers * 32 * warps * 2 <= 65536, usage
         assert built.metadata.shared * 2 <= 160 * 1024

@@ -8,12 +8,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import interpreter
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import leave
 
 import grpo
 
@@ -240,11 +242,7 @@ def test_parity_with_fp64_on_a_gpu(backend, dtype, monkeypatch):
 
 @pytest.mark.skipif(grpo.triton is None or INTERPRETED, reason="no Triton here, or inside already")
 def test_kernels_in_the_interpreter():
-    """All triton cases, in a process of their own: Triton must find TRITON_INTERPRET=1 when it is first imported."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton and not gpu", "-p", "no:cacheprovider"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+    interpreter.run(__file__, "triton and not gpu")
 
 
 @in_interpreter
@@ -485,8 +483,7 @@ def sharded_gradients(rank, world, folder):
         root.zero_grad()
     if rank == 0:
         torch.save(out, f"{folder}/world{world}.pt")
-    torch.distributed.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_the_head_inside_an_fsdp2_root(tmp_path):

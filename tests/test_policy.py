@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
-from worlds import World
+from worlds import World, leave
 
 import data
 from grpo import group_advantages
@@ -47,8 +47,7 @@ def updates(path, rows, advantages, splits, out):
         results.append(({name: full_tensor(p).clone() for name, p in policy.lm.named_parameters()}, metrics))
     if mesh.get_rank() == 0:
         torch.save(results, out)
-    torch.distributed.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
-    torch.distributed.destroy_process_group()
+    leave()
     return 0
 
 

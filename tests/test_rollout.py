@@ -32,6 +32,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from worlds import leave
 
 import rollout
 from rollout import Rollout, Sampling, copy_weights, generate, kernels, row_seed, sample, uniforms
@@ -524,8 +525,7 @@ def _shards_to_copies(rank, world, path):
             copy_weights(policy, twin)
             for (name, ours), theirs in zip(whole.named_parameters(), twin.parameters(), strict=True):
                 assert torch.equal(ours.to(dtype), theirs), (rank, name)
-    dist.barrier()  # gloo's threads let go of their last tensors before Python ends, or the process aborts
-    dist.destroy_process_group()
+    leave()
 
 
 def test_shards_reach_every_copy(tmp_path):

@@ -32,6 +32,14 @@ def _rank(rank: int, world: int, nodes: int, port: int, log: str, function, args
     sys.exit(function(*args))
 
 
+def leave() -> None:
+    """Leave the process group, last thing: once gloo's threads have let go of their tensors, or Python's end aborts."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class World:
     """`function(*args)` on `world` ranks, which believe to be on so many nodes; its return value is each rank's exit
     status."""
