@@ -38,7 +38,10 @@ try:
 except ImportError:  # no GPU build of torch: the same in torch
     triton = None
 
-FUSED = {"cuda": triton is not None, "cpu": triton is not None and os.environ.get("TRITON_INTERPRET") == "1"}
+FUSED = {
+    "cuda": triton is not None,
+    "cpu": triton is not None and os.environ.get("TRITON_INTERPRET") == "1",
+}
 PART = 256  # positions of a cache that one program reads
 
 
@@ -55,13 +58,17 @@ def _attend(module, query, key, value, attention_mask, scaling, softcap=None, s_
     The H / KV query heads of a key head are H / KV queries to it, so that the cache is read once and never repeated.
     """
     if softcap is not None or s_aux is not None:
-        raise ValueError("rollout.py decodes plain softmax attention: no soft cap, no attention sinks")
+        raise ValueError(
+            "rollout.py decodes plain softmax attention: no soft cap, no attention sinks"
+        )
     (rows, heads, _, dim), kv = query.shape, key.shape[1]
     query = query.reshape(rows, kv, heads // kv, dim)
     if fused(query) and key.shape == value.shape:
         out = _attend_triton(query, key, value, attention_mask, scaling)
     else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        )
     return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
@@ -72,11 +79,23 @@ def _attend_triton(query, key, value, mask, scaling):
     """query [R, KV, G, D]; key, value [R, KV, S, D], rows of one static tensor; mask [R, 1, 1, S] -> [R, KV, G, D]."""
     rows, kv, group, dim = query.shape
     parts, block_d = triton.cdiv(key.shape[2], PART), max(16, triton.next_power_of_2(dim))
-    block = max(16, min(64, 16384 // (block_d * key.itemsize)))  # 16 KB of keys a turn: three turns are in flight
+    block = max(
+        16, min(64, 16384 // (block_d * key.itemsize))
+    )  # 16 KB of keys a turn: three turns are in flight
     out = query.new_empty(rows * kv, parts, group, dim, dtype=torch.float32)
     lse = query.new_empty(rows * kv, parts, group, dtype=torch.float32)
     _attend_kernel[rows * kv, parts](
-        *(query.contiguous(), key, value, mask, out, lse, scaling, key.stride(0) // kv, key.shape[2]),
+        *(
+            query.contiguous(),
+            key,
+            value,
+            mask,
+            out,
+            lse,
+            scaling,
+            key.stride(0) // kv,
+            key.shape[2],
+        ),
         **dict(KV=kv, G=group, D=dim, PART=PART),
         **dict(BLOCK_D=block_d, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block),
     )
@@ -99,13 +118,18 @@ def _rms_norm_about_one(module, x):
     """round((1 + w) * x / rms): Qwen3.5."""
     if fused(x):
         return _norm_triton(x, module.weight, module.eps, about_one=True)
-    return F.rms_norm(x.float(), module.weight.shape, module.weight.float() + 1, module.eps).type_as(x)
+    return F.rms_norm(
+        x.float(), module.weight.shape, module.weight.float() + 1, module.eps
+    ).type_as(x)
 
 
 def _norm_triton(x, weight, eps, about_one=False, gate=None):
     """x [..., D] with one stride between its rows of D; gate [..., D] contiguous."""
     rows, dim = x.flatten(0, -2), x.shape[-1]
-    out, block = torch.empty_like(x, memory_format=torch.contiguous_format), triton.next_power_of_2(dim)
+    out, block = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        triton.next_power_of_2(dim),
+    )
     gated, warps = gate is not None, max(1, min(8, block // 256))
     _norm_kernel[(len(rows),)](
         *(rows, weight, gate if gated else x, out, eps, rows.stride(0)),
@@ -121,7 +145,9 @@ def _delta_net(module, hidden_states, cache_params, **kwargs):
     """Gated DeltaNet for one token a row, its two states updated in place: [R, 1, E] -> [R, 1, E]."""
     layer = cache_params.layers[module.layer_idx]
     project = module.in_proj_qkv, module.in_proj_z, module.in_proj_a, module.in_proj_b
-    inputs = [p(hidden_states) for p in project]  # [R, 1, 2 HK K + HV V], [R, 1, HV V], [R, 1, HV] twice
+    inputs = [
+        p(hidden_states) for p in project
+    ]  # [R, 1, 2 HK K + HV V], [R, 1, HV V], [R, 1, HV] twice
     step = _delta_step_triton if fused(hidden_states) else _delta_step
     return module.out_proj(step(module, *inputs, layer.conv_states[0], layer.recurrent_states[0]))
 
@@ -133,11 +159,17 @@ def _delta_step(module, x, z, a, b, conv, state):
     """
     rows, (heads, dim_k, dim_v) = len(state), state.shape[1:]
     conv.copy_(torch.cat((conv[:, :, 1:], x.transpose(1, 2)), -1))
-    x = (conv.float() * module.conv1d.weight.squeeze(1)).sum(-1).type_as(x)  # the convolution's last position: [R, C]
+    x = (
+        (conv.float() * module.conv1d.weight.squeeze(1)).sum(-1).type_as(x)
+    )  # the convolution's last position: [R, C]
     qk, v = F.silu(x).float().split((conv.shape[1] - heads * dim_v, heads * dim_v), -1)
     # x / |x| is an RMS norm over sqrt(K); one scale of 1 / sqrt(K) more belongs to q and comes at the end.
-    qk = F.rms_norm(qk.reshape(rows, 2, -1, dim_k), (dim_k,), eps=1e-6 / dim_k) * dim_k**-0.5  # [R, 2, HK, K]
-    qk = qk.transpose(1, 2).repeat_interleave(heads // qk.shape[2], 1).flatten(0, 1)  # [R * HV, 2, K]
+    qk = (
+        F.rms_norm(qk.reshape(rows, 2, -1, dim_k), (dim_k,), eps=1e-6 / dim_k) * dim_k**-0.5
+    )  # [R, 2, HK, K]
+    qk = (
+        qk.transpose(1, 2).repeat_interleave(heads // qk.shape[2], 1).flatten(0, 1)
+    )  # [R * HV, 2, K]
     decay = (-module.A_log.float().exp() * F.softplus(a.float() + module.dt_bias)).exp()
     write = b.sigmoid().float()  # [R, 1, HV], as is the decay
     state = state.view(rows * heads, dim_k, dim_v).mul_(decay.view(-1, 1, 1))
@@ -156,11 +188,15 @@ def _delta_step_triton(module, x, z, a, b, conv, state):
     heads, dim_k, dim_v = state.shape[1:]
     mixed, out = torch.empty_like(x), x.new_empty(rows, 1, heads, dim_v)
     grid = rows, triton.cdiv(channels, 256)
-    _convolution_kernel[grid](x, conv, module.conv1d.weight, mixed, channels, TAPS=taps, BLOCK=256, num_warps=4)
+    _convolution_kernel[grid](
+        x, conv, module.conv1d.weight, mixed, channels, TAPS=taps, BLOCK=256, num_warps=4
+    )
     block = min(32, dim_v)
     _delta_kernel[rows * heads, dim_v // block](
         *(mixed, a, b, module.A_log, module.dt_bias, state, out),
-        **dict(HV=heads, HK=(channels - heads * dim_v) // (2 * dim_k), K=dim_k, V=dim_v, BLOCK=block),
+        **dict(
+            HV=heads, HK=(channels - heads * dim_v) // (2 * dim_k), K=dim_k, V=dim_v, BLOCK=block
+        ),
     )
     return _norm_triton(out, module.norm.weight, module.norm.variance_epsilon, gate=z).flatten(2)
 
@@ -205,7 +241,10 @@ if triton is not None:
         g, d = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D)[None]
         at = g * D + d
         q = tl.load(query + lane * G * D + at, mask=(g < G) & (d < D), other=0.0)  # [G, D]
-        top, total = tl.full([BLOCK_G], -1e30, tl.float32), tl.zeros([BLOCK_G], tl.float32)  # finite: no inf - inf
+        top, total = (
+            tl.full([BLOCK_G], -1e30, tl.float32),
+            tl.zeros([BLOCK_G], tl.float32),
+        )  # finite: no inf - inf
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         for start in range(0, PART, BLOCK):
             s = part * PART + start + tl.arange(0, BLOCK)
@@ -213,7 +252,9 @@ if triton is not None:
             inside = (s[:, None] < S) & (d < D)
             k = tl.load(keys + here, mask=inside, other=0.0)  # [S, D]
             v = tl.load(values + here, mask=inside, other=0.0)
-            bias = tl.load(mask + lane // KV * S + s, mask=s < S, other=-float("inf")).to(tl.float32)
+            bias = tl.load(mask + lane // KV * S + s, mask=s < S, other=-float("inf")).to(
+                tl.float32
+            )
             z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None]  # [G, S]
             new_top = tl.maximum(top, tl.max(z, 1))
             p, kept = tl.exp(z - new_top[:, None]), tl.exp(top - new_top)
@@ -221,9 +262,15 @@ if triton is not None:
             acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             top = new_top
         place = lane * tl.num_programs(1) + part
-        tl.store(out + place * G * D + at, acc / tl.maximum(total, 1e-30)[:, None], mask=(g < G) & (d < D))
+        tl.store(
+            out + place * G * D + at,
+            acc / tl.maximum(total, 1e-30)[:, None],
+            mask=(g < G) & (d < D),
+        )
         row = tl.arange(0, BLOCK_G)
-        tl.store(lse + place * G + row, top + tl.log(total), mask=row < G)  # -inf where nothing may be read
+        tl.store(
+            lse + place * G + row, top + tl.log(total), mask=row < G
+        )  # -inf where nothing may be read
 
     @triton.jit
     def _norm_kernel(
@@ -238,7 +285,11 @@ if triton is not None:
         if ABOUT_ONE:
             y = y * (1 + w)
         else:
-            y = (y.to(out.dtype.element_ty).to(tl.float32) * w).to(out.dtype.element_ty).to(tl.float32)
+            y = (
+                (y.to(out.dtype.element_ty).to(tl.float32) * w)
+                .to(out.dtype.element_ty)
+                .to(tl.float32)
+            )
         if GATED:
             z = tl.load(gate + row * D + d, mask=d < D, other=0.0).to(tl.float32)
             y = y * z * tl.sigmoid(z)

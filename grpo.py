@@ -48,7 +48,7 @@ Why it is written so:
 - Rows of coefficient 0 get their log-prob and entropy (metrics: one GEMM) and no gradient GEMM. Rows that should cost
   nothing, prompt and padding, are not passed at all: the caller selects the rows.
 
-Measure it: python tests/bench.py logprob
+Measure it: python bench.py logprob
 """
 
 import math
@@ -63,7 +63,10 @@ try:
 except ImportError:  # no GPU build of torch: the chunked backend does the same in torch
     triton = None
 
-CHUNK_ROWS = {"cuda": 2048, "cpu": 256}  # rows of logits that exist at once; the module docstring counts why
+CHUNK_ROWS = {
+    "cuda": 2048,
+    "cpu": 256,
+}  # rows of logits that exist at once; the module docstring counts why
 
 
 # --------------------------------------------------------------------------------------------------------- advantages
@@ -100,10 +103,16 @@ def group_advantages(rewards, group, is_anchor, weight=1.0, std_floor=0.05, cap=
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     group = torch.as_tensor(group, device=rewards.device)
     is_anchor = torch.as_tensor(is_anchor, dtype=torch.bool, device=rewards.device)
-    valid = torch.ones_like(is_anchor) if valid is None else torch.as_tensor(valid, device=rewards.device).bool()
+    valid = (
+        torch.ones_like(is_anchor)
+        if valid is None
+        else torch.as_tensor(valid, device=rewards.device).bool()
+    )
     if not rewards.shape == group.shape == is_anchor.shape == valid.shape or rewards.dim() != 1:
         shapes = [tuple(x.shape) for x in (rewards, group, is_anchor, valid)]
-        raise ValueError(f"group_advantages: rewards, group, is_anchor, valid must all be [N], got {shapes}")
+        raise ValueError(
+            f"group_advantages: rewards, group, is_anchor, valid must all be [N], got {shapes}"
+        )
     advantages = torch.zeros_like(rewards)
     for g in group.unique():
         judged = (group == g) & valid
@@ -122,7 +131,9 @@ def group_advantages(rewards, group, is_anchor, weight=1.0, std_floor=0.05, cap=
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def policy_loss(logp, old_logp, advantages, mask, n_tokens, clip_low=0.2, clip_high=0.28, dual_clip=3.0):
+def policy_loss(
+    logp, old_logp, advantages, mask, n_tokens, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+):
     """Clipped surrogate, summed over tokens where `mask` is set and divided by `n_tokens`. All tensors of one shape.
 
     Per token max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and at most -A dual_clip where A < 0; r = exp(logp -
@@ -131,7 +142,9 @@ def policy_loss(logp, old_logp, advantages, mask, n_tokens, clip_low=0.2, clip_h
     of the tokens, and `kl`, the mean of old_logp - logp, an estimate of KL(old || new).
     """
     mask = mask.bool()
-    log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)  # e^20 is beyond any clip, and finite
+    log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(
+        -20, 20
+    )  # e^20 is beyond any clip, and finite
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -178,7 +191,9 @@ def onpolicy_loss(hidden, weight, targets, coef, temperature=1.0, backend="auto"
     """
     backend = _backend(hidden, weight, targets, backend)
     if coef.shape != targets.shape:
-        raise ValueError(f"onpolicy_loss: coef must be {tuple(targets.shape)} like targets, got {tuple(coef.shape)}")
+        raise ValueError(
+            f"onpolicy_loss: coef must be {tuple(targets.shape)} like targets, got {tuple(coef.shape)}"
+        )
     if backend == "naive":
         logp, entropy = token_logprobs(hidden, weight, targets, temperature, backend)
         return (coef.detach() * logp).sum(), logp.detach(), entropy
@@ -188,17 +203,31 @@ def onpolicy_loss(hidden, weight, targets, coef, temperature=1.0, backend="auto"
 
 def _backend(hidden, weight, targets, backend):
     shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
-    if [len(x) for x in shapes] != [2, 2, 1] or hidden.shape[1] != weight.shape[1] or len(hidden) != len(targets):
+    if (
+        [len(x) for x in shapes] != [2, 2, 1]
+        or hidden.shape[1] != weight.shape[1]
+        or len(hidden) != len(targets)
+    ):
         raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] are needed, got {shapes}")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"hidden and weight must share bf16, fp32 or fp64, got {hidden.dtype} and {weight.dtype}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        raise ValueError(
+            f"hidden and weight must share bf16, fp32 or fp64, got {hidden.dtype} and {weight.dtype}"
+        )
     fits = triton is not None and hidden.dtype != torch.float64
     if backend == "auto":
         return "triton" if fits and hidden.is_cuda else "chunked"
     if backend not in ("naive", "chunked", "triton"):
         raise ValueError(f'backend is "auto", "naive", "chunked" or "triton", got {backend!r}')
-    if backend == "triton" and not (fits and (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise ValueError("backend triton needs Triton, bf16 or fp32, and a GPU (or TRITON_INTERPRET=1 from the start)")
+    if backend == "triton" and not (
+        fits and (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    ):
+        raise ValueError(
+            "backend triton needs Triton, bf16 or fp32, and a GPU (or TRITON_INTERPRET=1 from the start)"
+        )
     return backend
 
 
@@ -216,7 +245,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp, _):
         hidden, weight, targets, lse = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
-        *_, dh, dw = _sweep(hidden, weight, targets, ctx.temperature, ctx.backend, grad_logp, lse, need)
+        *_, dh, dw = _sweep(
+            hidden, weight, targets, ctx.temperature, ctx.backend, grad_logp, lse, need
+        )
         return dh, dw, None, None, None
 
 
@@ -224,7 +255,9 @@ class _OnPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, coef, temperature, backend, need):
         coef = coef.to(torch.promote_types(hidden.dtype, torch.float32))
-        logp, entropy, _, *grads = _sweep(hidden, weight, targets, temperature, backend, coef, need=need)
+        logp, entropy, _, *grads = _sweep(
+            hidden, weight, targets, temperature, backend, coef, need=need
+        )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp, entropy)
         return (coef * logp).sum(), logp, entropy
@@ -242,20 +275,28 @@ def _sweep(hidden, weight, targets, temperature, backend, coef=None, lse=None, n
     Makes the statistics unless `lse` brings them, and the gradients of sum(coef * logp) that `need` asks for (else
     None).
     """
-    statistics, gradient = (_statistics_triton, _gradient_triton) if backend == "triton" else (_statistics, _gradient)
+    statistics, gradient = (
+        (_statistics_triton, _gradient_triton) if backend == "triton" else (_statistics, _gradient)
+    )
     dtype, acc = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
     if not hidden.is_cuda:  # the CPU has no bf16 GEMM with an fp32 result: multiply in fp32
         hidden, weight = hidden.to(acc), weight.to(acc)
     forward = lse is None
-    logp, entropy, lse = hidden.new_empty(3, len(hidden), dtype=acc) if forward else (None, None, lse)
+    logp, entropy, lse = (
+        hidden.new_empty(3, len(hidden), dtype=acc) if forward else (None, None, lse)
+    )
     dh = hidden.new_zeros(hidden.shape, dtype=dtype) if need[0] else None  # [N, H]
-    dw = weight.new_zeros(weight.shape, dtype=acc) if need[1] else None  # [V, H], the sum over chunks
+    dw = (
+        weight.new_zeros(weight.shape, dtype=acc) if need[1] else None
+    )  # [V, H], the sum over chunks
 
     live = coef != 0 if any(need) else torch.zeros_like(targets, dtype=torch.bool)
     size = CHUNK_ROWS["cuda" if hidden.is_cuda else "cpu"]
     chunks = [(rows, True) for rows in live.nonzero().squeeze(1).split(size)]
     chunks += [(rows, False) for rows in (~live).nonzero().squeeze(1).split(size) if forward]
-    buffer = hidden.new_empty(min(len(hidden), size), len(weight), dtype=acc)  # the only logits that ever exist
+    buffer = hidden.new_empty(
+        min(len(hidden), size), len(weight), dtype=acc
+    )  # the only logits that ever exist
     for rows, has_gradient in chunks:
         if len(rows) == 0:
             continue
@@ -277,7 +318,9 @@ def _addmm(out, a, b, beta=1, alpha=1):
     """out = beta out + alpha a @ b, in place; an fp32 `out` takes the fp32 sums of bf16 operands unrounded."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)  # on a GPU only
+    return torch.addmm(
+        out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out
+    )  # on a GPU only
 
 
 def _statistics(logits, targets):
@@ -301,7 +344,9 @@ def _gradient(logits, targets, lse, scale, dtype):
 def _statistics_triton(logits, targets):
     """As `_statistics`, reading each logit once."""
     out = logits.new_empty(3, len(logits))
-    _statistics_kernel[(len(logits),)](logits, targets, out, len(logits), V=logits.shape[1], BLOCK=4096, num_warps=8)
+    _statistics_kernel[(len(logits),)](
+        logits, targets, out, len(logits), V=logits.shape[1], BLOCK=4096, num_warps=8
+    )
     return out
 
 
@@ -309,7 +354,9 @@ def _gradient_triton(logits, targets, lse, scale, dtype):
     """As `_gradient`, reading each logit once; a bf16 gradient takes the first half of its row's bytes."""
     n, v = logits.shape
     g = logits.view(dtype)[:, :v]  # [n, V]
-    _gradient_kernel[(n,)](logits, g, targets, lse, scale.float(), g.stride(0), V=v, BLOCK=4096, num_warps=8)
+    _gradient_kernel[(n,)](
+        logits, g, targets, lse, scale.float(), g.stride(0), V=v, BLOCK=4096, num_warps=8
+    )
     return g
 
 
@@ -320,10 +367,16 @@ if triton is not None:
     @triton.jit
     def _statistics_kernel(logits, targets, out, n, V: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        top, total, moment = -3.0e38, 0.0, 0.0  # max, sum of e = exp(z - max), sum of e (z - max), of the blocks so far
+        top, total, moment = (
+            -3.0e38,
+            0.0,
+            0.0,
+        )  # max, sum of e = exp(z - max), sum of e (z - max), of the blocks so far
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * V + col, mask=col < V, other=-3.0e38)  # finite, so that 0 times it is 0
+            z = tl.load(
+                logits + row * V + col, mask=col < V, other=-3.0e38
+            )  # finite, so that 0 times it is 0
             new_top = tl.maximum(top, tl.max(z, 0))
             shift, d = top - new_top, z - new_top
             e = tl.exp(d)
@@ -331,13 +384,19 @@ if triton is not None:
             total = total * tl.exp(shift) + tl.sum(e, 0)
             top = new_top
         y = tl.load(targets + row)
-        z_y = tl.load(logits + row * V + y, mask=(y >= 0) & (y < V), other=float("nan"))  # no such target: not a number
+        z_y = tl.load(
+            logits + row * V + y, mask=(y >= 0) & (y < V), other=float("nan")
+        )  # no such target: not a number
         tl.store(out + row, z_y - top - tl.log(total))
-        tl.store(out + n + row, tl.log(total) - moment / total)  # lse - mean of z, the max taken out of both
+        tl.store(
+            out + n + row, tl.log(total) - moment / total
+        )  # lse - mean of z, the max taken out of both
         tl.store(out + 2 * n + row, top + tl.log(total))
 
     @triton.jit
-    def _gradient_kernel(logits, grad, targets, lse, scale, grad_stride, V: tl.constexpr, BLOCK: tl.constexpr):
+    def _gradient_kernel(
+        logits, grad, targets, lse, scale, grad_stride, V: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         y, row_lse, c = tl.load(targets + row), tl.load(lse + row), tl.load(scale + row)
         for start in range(0, V, BLOCK):

@@ -15,7 +15,7 @@ What the client does when something fails:
     retried, backing off   time-out, connection lost or refused, 408, 409, 429, 5xx; Retry-After is obeyed, up to 120 s
     retried once           an answer that is no verdict: HTML, cut-off or invalid JSON, missing dimensions, over 4 MiB
     not retried            other 4xx; redirects, as a redirected POST loses its body
-    JudgeStop              401, 402, 403, 404; or the circuit opens: 16 attempts in a row, over 5 s, that got no HTTP
+    ChatStop              401, 402, 403, 404; or the circuit opens: 16 attempts in a row, over 5 s, that got no HTTP
                            answer at all (connection, time-out). Every pending and later call ends with it.
 So a dead judge costs seconds, a silent one a time-out, and 30% random faults put 16 in a row once in 10^8. A key comes
 from the environment, travels in one header, and is cut out of whatever a provider sends back.
@@ -29,11 +29,8 @@ from the environment, travels in one header, and is cut out of whatever a provid
 import argparse
 import contextlib
 import dataclasses
-import email.utils
 import functools
 import hashlib
-import html
-import ipaddress
 import json
 import os
 import queue
@@ -42,140 +39,18 @@ import re
 import secrets
 import sqlite3
 import statistics
+import subprocess
 import sys
 import textwrap
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from pathlib import Path
 
-import requests
-from urllib3.exceptions import HTTPError
-
-# -------------------------------------------------------------------------------------------------- text and length
-
-_LENGTH = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+)\s+words\s+long\b", re.I)
-# A sentence ends at . ! ? before white space or at a line break, but not after a title, "e.g." or an initial.
-_BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|\n+")
-_TITLE = re.compile(
-    r"(?:\b(?:Dr|Mrs?|Ms|St|Prof|Capt|Lt|Col|Gen|Sgt|Rev|Jr|Sr|No|vs|approx|ca|e\.g|i\.e)|(?:^|\s)[A-Z])\. *\Z"
-)
-_OPENER = re.compile(r"(?:The|It|Its|Your|This|Make|Write|Aim|Please|Keep)\b")  # "plan B. It ...": no initial, no title
-
-
-def requested_words(prompt):
-    """The N of "N words long" in a prompt (thousands may carry commas), or None."""
-    match = _LENGTH.search(prompt)
-    return int(match[1].replace(",", "")) if match else None
-
-
-def strip_length_sentence(prompt):
-    """The prompt without the sentences that say "N words long"; if that leaves nothing, without that phrase."""
-    kept, start = [], 0
-    for end in [match.end() for match in _BREAK.finditer(prompt)] + [len(prompt)]:
-        if end < len(prompt) and _TITLE.search(prompt[max(start, end - 20) : end]) and not _OPENER.match(prompt, end):
-            continue
-        if not _LENGTH.search(prompt, start, end):
-            kept.append(prompt[start:end])
-        start = end
-    phrase = r"[,;(]?\s*(?:\b(?:about|around|roughly|approximately)\s+)?" + _LENGTH.pattern
-    return "".join(kept).strip() or re.sub(phrase, "", prompt, flags=re.I).strip()
-
-
-def _unescape(text):
-    try:
-        return html.unescape(text)
-    except ValueError:  # "&#" and more digits than int() reads: a policy can write that
-        return text
-
-
-def word_count(text):
-    r"""Words as the reward counts them: runs of \w after HTML entities are undone."""
-    return len(re.findall(r"\w+", _unescape(text)))
-
-
-def self_repetition(text):
-    """rep in [0, 1.155]: repeated 4-grams, 4-grams seen within the previous 63 positions, repeated lines."""
-    tokens = [token.lower() for token in re.findall(r"\w+|[^\s]", text)]
-    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last, near = {}, 0
-    for i, gram in enumerate(grams):
-        near += gram in last and i - last[gram] <= 63
-        last[gram] = i
-    repeated, near = (len(grams) - len(last)) / max(1, len(grams)), near / max(1, len(grams))
-    same_lines = (len(lines) - len(set(lines))) / max(1, len(lines))
-    return min(1.5, 0.8 * (0.7 * max(0.0, repeated - 0.08) + 0.3 * near) + 0.4 * same_lines)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """The constants of the reward; the defaults are the published ones."""
-
-    rep_weight: float = 1.5
-    len_weight: float = 0.8
-    blank_weight: float = 1.0
-    min_target: int = 150  # words; a smaller target counts as this
-    len_below: float = 0.15  # tolerated shortfall, as a share of the target ...
-    len_below_min: int = 350  # ... but at least and at most this many words
-    len_below_max: int = 1000
-    len_above: float = 0.25  # tolerated excess
-    len_above_min: int = 600
-    len_above_max: int = 1500
-    blank_words: int = 150  # a story of fewer words is blank
-    blank_visible: float = 0.10  # so is one with a smaller share of visible characters
-    think_budget: int = 3072  # free thinking tokens
-    think_cost: float = 0.05  # per token over it, averaged over the response
-    overlong_buffer: int = 512  # a response without EOS pays for what it takes of the last tokens before the limit
-    max_response: int = 8192  # tokens
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One story's reward and its parts; the penalties are positive amounts before their weights."""
-
-    total: float
-    sq: float
-    rep: float
-    len: float
-    blank: float
-    think: float
-    overlong: float
-
-
-def length_penalty(words, target, config=RewardConfig()):
-    """0 inside the tolerance band around the target (words), then linear up to 1."""
-    c, target = config, max(config.min_target, target)
-    low = target - int(min(c.len_below_max, max(c.len_below_min, c.len_below * target)))
-    high = target + int(min(c.len_above_max, max(c.len_above_min, c.len_above * target)))
-    if words < low:
-        return min(1.0, 1 - words / low)
-    return min(1.0, words / high - 1) if words > high else 0.0
-
-
-def blank_penalty(text, config=RewardConfig()):
-    """1 for a text that is hardly there (few visible characters or few words), else 0."""
-    plain = _unescape(text)
-    visible = sum(not char.isspace() for char in plain)
-    return float(visible < config.blank_visible * len(plain) or word_count(text) < config.blank_words)
-
-
-def reward(sq, story, target, n_tokens, n_thinking, finished, config=RewardConfig()):
-    """The reward of one story.
-
-    sq: overall / 100 of its verdict.  target: words.  n_tokens, n_thinking: tokens of the response and of its thinking.
-    finished: the response ended with EOS.
-    """
-    c = config
-    rep, length = self_repetition(story), length_penalty(word_count(story), target, c)
-    blank = blank_penalty(story, c)
-    think = c.think_cost * max(0, n_thinking - c.think_budget) / max(1, n_tokens)
-    over = 0 if finished else max(0, n_tokens - (c.max_response - c.overlong_buffer))
-    overlong = min(1.0, over / c.overlong_buffer) if over else 0.0
-    total = min(2.0, max(-2.0, sq - c.rep_weight * rep - c.len_weight * length - c.blank_weight * blank))
-    return Reward(total - think - overlong, sq, rep, length, blank, think, overlong)
-
+from chat import CallFailed, Chat, ChatStop, Unusable, api_key
+from chat import clean as _clean
+from reward import _unescape, strip_length_sentence
 
 # -------------------------------------------------------------------------------------------------- the rubric
 
@@ -348,10 +223,18 @@ def rubric_text():
     """The system message: role, principles, evidence rules, all dimensions with bands, and the form of the answer."""
     parts = [_PRINCIPLES]
     for d in RUBRIC:
-        bands = [f"  {low}-{high}: {text}" for (low, high), text in zip(d.ranges(), d.bands, strict=True)]
-        head = [f"## {d.key}. {d.name} (0-{d.max})", f"Measures: {d.measures}", f"Not counted here: {d.excludes}"]
+        bands = [
+            f"  {low}-{high}: {text}" for (low, high), text in zip(d.ranges(), d.bands, strict=True)
+        ]
+        head = [
+            f"## {d.key}. {d.name} (0-{d.max})",
+            f"Measures: {d.measures}",
+            f"Not counted here: {d.excludes}",
+        ]
         parts.append("\n".join(head + bands))
-    form = ",\n".join(f' "{d.key}": {{"justification": "...", "quotes": ["..."], "score": 0}}' for d in RUBRIC)
+    form = ",\n".join(
+        f' "{d.key}": {{"justification": "...", "quotes": ["..."], "score": 0}}' for d in RUBRIC
+    )
     return "\n\n".join([*parts, f"{_ANSWER}\n{{\n{form}\n}}"])
 
 
@@ -371,7 +254,12 @@ def verdict_schema():
 
     def fields(properties):
         names = list(properties)
-        return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": names,
+            "additionalProperties": False,
+        }
 
     text = {"type": "string"}
     entry = {"justification": text, "quotes": {"type": "array", "items": text}}
@@ -382,7 +270,7 @@ def verdict_schema():
 # -------------------------------------------------------------------------------------------------- verdicts
 
 
-class VerdictError(ValueError):
+class VerdictError(Unusable):
     """A judge's answer that is no verdict; the message says why."""
 
 
@@ -395,8 +283,12 @@ class Verdict:
     negative: int = 0
     bonus: int = 0
     penalty: int = 0
-    dimensions: dict = field(default_factory=dict)  # key -> {"score": int, "justification": str, "quotes": [str]}
-    quote_accuracy: float | None = None  # share of the quotes, given or owed, that occur in the story; None without any
+    dimensions: dict = field(
+        default_factory=dict
+    )  # key -> {"score": int, "justification": str, "quotes": [str]}
+    quote_accuracy: float | None = (
+        None  # share of the quotes, given or owed, that occur in the story; None without any
+    )
     error: str = ""
     raw: str = ""  # the answer as it came
     cached: bool = False
@@ -413,7 +305,12 @@ def composite(positive, negative, bonus, penalty):
 
 
 def _totals(scores):
-    return sum(scores[k] for k in POSITIVE), sum(scores[k] for k in NEGATIVE), scores["BONUS"], scores["PENALTY"]
+    return (
+        sum(scores[k] for k in POSITIVE),
+        sum(scores[k] for k in NEGATIVE),
+        scores["BONUS"],
+        scores["PENALTY"],
+    )
 
 
 def story_quality(scores):
@@ -436,12 +333,18 @@ def parse_verdict(text, story):
     whole = [_entries(entry) for entry, gaps in zip(objects, missing, strict=True) if not gaps]
     if not whole:
         gaps = min(missing, key=len, default=required)
-        reason = f"dimensions missing: {', '.join(gaps)}" if len(gaps) < len(required) else "no verdict in the answer"
+        reason = (
+            f"dimensions missing: {', '.join(gaps)}"
+            if len(gaps) < len(required)
+            else "no verdict in the answer"
+        )
         raise VerdictError(f"{reason} ({fault})" if fault else reason)
     if any(other != whole[0] for other in whole):
         raise VerdictError(f"{len(whole)} different verdicts in one answer")
     scores = {key: entry["score"] for key, entry in whole[0].items()}
-    return Verdict(story_quality(scores), *_totals(scores), whole[0], _quotes_found(whole[0], story), raw=text)
+    return Verdict(
+        story_quality(scores), *_totals(scores), whole[0], _quotes_found(whole[0], story), raw=text
+    )
 
 
 # A comma before a closing bracket, outside strings: a string is matched first, whole, and put back.
@@ -462,7 +365,9 @@ def _json_objects(text):
 
     decoder = json.JSONDecoder(strict=False, parse_constant=constant, object_pairs_hook=pairs)
     objects, fault, start = [], "", text.find("{")
-    for _ in range(64):  # an answer with more openings is no verdict, and reading on from each of them takes time
+    for _ in range(
+        64
+    ):  # an answer with more openings is no verdict, and reading on from each of them takes time
         if start < 0:
             break
         found, end = [], start + 1  # where nothing can be read, look for the next "{"
@@ -492,22 +397,29 @@ def _entries(verdict):
         entry = verdict.get(d.key, {"score": 0})
         if not isinstance(entry, dict):
             raise VerdictError(f"{d.key} is no object with score, justification and quotes")
-        score, justification, quotes = entry.get("score"), entry.get("justification", ""), entry.get("quotes", [])
+        score, justification, quotes = (
+            entry.get("score"),
+            entry.get("justification", ""),
+            entry.get("quotes", []),
+        )
         if isinstance(score, str) and re.fullmatch(r"\s*[+-]?\d{1,9}(\.0+)?\s*", score, re.ASCII):
             score = float(score)
         if isinstance(score, bool) or not isinstance(score, (int, float)) or score != score // 1:
             shown = type(score).__name__ if isinstance(score, (dict, list)) else repr(score)[:40]
             raise VerdictError(f"the score of {d.key} is {shown}, no integer")
-        if not isinstance(justification, str) or not isinstance(quotes, list) or {*map(type, quotes)} - {str}:
+        if (
+            not isinstance(justification, str)
+            or not isinstance(quotes, list)
+            or {*map(type, quotes)} - {str}
+        ):
             raise VerdictError(f"{d.key}: justification must be a string, quotes a list of strings")
         score = int(min(d.max, max(0, score)))
-        entries[d.key] = {"score": score, "justification": _clean(justification), "quotes": [*map(_clean, quotes)]}
+        entries[d.key] = {
+            "score": score,
+            "justification": _clean(justification),
+            "quotes": [*map(_clean, quotes)],
+        }
     return entries
-
-
-def _clean(text):
-    """Lone surrogates, which JSON can spell and UTF-8 cannot, become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _quotes_found(dimensions, story):
@@ -520,88 +432,52 @@ def _quotes_found(dimensions, story):
     for key, entry in dimensions.items():
         owed = entry["score"] > (0 if key in NEGATIVE else 1) and key not in POSITIVE
         for quote in entry["quotes"] or [""] * owed:
-            parts = [part for part in re.split(r"\.{3}|…", quote) if part.strip()]  # "he ran ... and fell": two parts
+            parts = [
+                part for part in re.split(r"\.{3}|…", quote) if part.strip()
+            ]  # "he ran ... and fell": two parts
             hits.append(
-                bool(parts) and all(part in story or words(part).strip() and words(part) in plain for part in parts)
+                bool(parts)
+                and all(
+                    part in story or words(part).strip() and words(part) in plain for part in parts
+                )
             )
     return sum(hits) / len(hits) if hits else None
 
 
 # -------------------------------------------------------------------------------------------------- the client
 
-MAX_BODY = 4 << 20  # bytes of one answer; a verdict takes a few thousand
-BACKOFF = 1.0  # seconds before the first retry, doubled for each further one up to 30, times a random 0.5 to 1
-RETRY_AFTER_MAX = 120.0  # seconds
-BREAKER_FAILURES, BREAKER_SECONDS = 16, 5.0
 
+class Judge(Chat):
+    """Scores stories over HTTP on `concurrency` daemon threads; other arguments as those of chat.Chat.
 
-class JudgeStop(RuntimeError):
-    """The run must stop: the judge refuses the key or the model, or cannot be reached any more."""
-
-
-class CallFailed(RuntimeError):
-    """A call without a usable answer; the message says why.
-
-    kind: transient, unusable or final.  wait: seconds that the server asks for.  usage: (tokens in, tokens out), paid
-    all the same.  raw: the last answer, "" if there was none.
-    """
-
-    def __init__(self, kind, reason, wait=None, usage=(0, 0)):
-        super().__init__(reason)
-        self.kind, self.wait, self.usage, self.raw = kind, wait, usage, ""
-
-
-def is_local(url):
-    """Whether a URL is on this machine or in a private network."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return "." not in host or host.endswith((".local", ".internal"))
-
-
-def api_key(env_name, base_url):
-    """The key in that environment variable, or None for a local judge that needs none. JudgeStop if it is missing."""
-    key = os.environ.get(env_name, "").strip()
-    if not key and not is_local(base_url):
-        ask = f"run `export {env_name}=...` first, or name another variable with --judge-key-env"
-        raise JudgeStop(f"no API key for the judge at {base_url}: {ask}")
-    return key or None
-
-
-class Judge:
-    """Scores stories over HTTP on `concurrency` daemon threads.
-
-    base_url: up to, not with, "/chat/completions".  rpm: requests a minute, 0 for no limit.  timeout: seconds for one
-    attempt, from first to last byte.  retries: attempts after the first.  cache: an SQLite file that processes may
-    share.  extra_body: fields for every request; None takes a field out.  price_in, price_out: $ per million tokens.
+    cache: an SQLite file that processes may share.
     """
 
     def __init__(
-        self, base_url, model, api_key=None, *, concurrency=16, rpm=0, timeout=600.0, connect_timeout=10.0, retries=4,
-        cache=None, extra_body=None, price_in=0.0, price_out=0.0,
-    ):  # fmt: skip
-        if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^?#@\s]*)?", base_url):
-            raise ValueError(
-                "judge URL: write http(s)://host[:port]/path, without user, key or query (it is not shown)"
-            )
-        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError(
-                "the judge's API key holds characters that no key has, such as white space (it is not shown)"
-            )
-        self.url, self.model = base_url.rstrip("/") + "/chat/completions", model
-        self._key, self._timeout, self._connect_timeout, self._retries = api_key, timeout, connect_timeout, retries
-        self._concurrency, self._interval, self._prices = concurrency, 60 / rpm if rpm else 0.0, (price_in, price_out)
-        body = {"model": model, "temperature": 0.2, "top_p": 0.9, "response_format": {"type": "json_object"}}
-        self._body = {name: value for name, value in {**body, **(extra_body or {})}.items() if value is not None}
-        self._lock, self._queue, self._threads = threading.Lock(), queue.SimpleQueue(), []
-        self._pending, self._stopped, self._stop_reason = set(), threading.Event(), ""
-        self._next_slot, self._failing, self._failing_since = 0.0, 0, 0.0
-        self._stats = dict.fromkeys("calls cached retries failures tokens_in tokens_out seconds".split(), 0)
+        self,
+        base_url,
+        model,
+        api_key=None,
+        *,
+        concurrency=16,
+        cache=None,
+        extra_body=None,
+        **options,
+    ):
+        body = {"temperature": 0.2, "top_p": 0.9, "response_format": {"type": "json_object"}}
+        super().__init__(
+            base_url, model, api_key, extra_body={**body, **(extra_body or {})}, **options
+        )
+        self._concurrency, self._queue, self._threads, self._pending = (
+            concurrency,
+            queue.SimpleQueue(),
+            [],
+            set(),
+        )
         self._cache = _open_cache(cache) if cache else None
 
     def submit(self, prompt, story):
-        """-> Future[Verdict]. A failed call gives a Verdict without score; result() raises JudgeStop only."""
+        """-> Future[Verdict]. A failed call gives a Verdict without score; result() raises ChatStop only."""
         future = Future()
         if verdict := self._look_up(prompt, story):
             self._count(cached=1)
@@ -609,7 +485,7 @@ class Judge:
             return future
         with self._lock:
             if self._stopped.is_set():
-                future.set_exception(JudgeStop(self._stop_reason))
+                future.set_exception(ChatStop(self._stop_reason))
                 return future
             self._pending.add(future)
             if len(self._threads) < self._concurrency:
@@ -619,32 +495,27 @@ class Judge:
         return future
 
     def check(self):
-        """Have the bundled story scored once; JudgeStop if no verdict comes back."""
+        """Have the bundled story scored once; ChatStop if no verdict comes back."""
         verdict = self._call(self._session(), CHECK_PROMPT, CHECK_STORY)
         if verdict.score is None:
-            raise JudgeStop(f"the judge {self.model} at {self.url} gives no verdict: {verdict.error}")
-
-    def stats(self):
-        """Counters so far: calls (not cached), cached, retries, failures, tokens_in, tokens_out, seconds, dollars."""
-        with self._lock:
-            stats = dict(self._stats)
-        dollars = (stats["tokens_in"] * self._prices[0] + stats["tokens_out"] * self._prices[1]) / 1e6
-        return {**stats, "dollars": dollars}
+            raise ChatStop(
+                f"the judge {self.model} at {self.url} gives no verdict: {verdict.error}"
+            )
 
     def close(self):
-        """End the threads; what is still pending gets JudgeStop. One that waits for a silent server is left behind."""
+        """End the threads; what is still pending gets ChatStop. One that waits for a silent server is left behind."""
         self._halt("the judge was closed")
         for _ in self._threads:
             self._queue.put(None)
         deadline = time.monotonic() + 1.0
-        for thread in self._threads:  # or their sessions would be finalised while Python exits, which it cannot bear
+        for thread in (
+            self._threads
+        ):  # or their sessions would be finalised while Python exits, which it cannot bear
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             if self._cache:
                 self._cache.close()
             self._cache = None
-
-    # one call
 
     def _work(self):
         session = self._session()
@@ -664,160 +535,30 @@ class Judge:
         """The verdict on one story, stored in the cache."""
         begin, messages = time.monotonic(), judge_messages(prompt, story, secrets.token_hex(8))
         try:
-            verdict, tokens = self.ask(messages, functools.partial(parse_verdict, story=story), session)
+            verdict, tokens = self.ask(
+                messages, functools.partial(parse_verdict, story=story), session
+            )
             self._sql(
-                "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", self._name(prompt, story), verdict.raw, *tokens
+                "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)",
+                self._name(prompt, story),
+                verdict.raw,
+                *tokens,
             )
         except CallFailed as fault:
             verdict, tokens = Verdict(error=str(fault), raw=fault.raw), fault.usage
-        return dataclasses.replace(verdict, seconds=time.monotonic() - begin, tokens_in=tokens[0], tokens_out=tokens[1])
-
-    def ask(self, messages, parse=str, session=None):
-        """Any chat completion, retries included, on the caller's thread -> (parse(answer), (tokens in, tokens out)).
-
-        A VerdictError of `parse` makes the answer an unusable one. Raises CallFailed, or JudgeStop.
-        """
-        body, session = json.dumps({**self._body, "messages": messages}).encode(), session or self._session()
-        left = {"transient": self._retries, "unusable": min(1, self._retries), "final": 0}
-        begin, backoff, text, tokens = time.monotonic(), BACKOFF, "", (0, 0)
-        while True:
-            value = fault = None
-            try:
-                text, usage = self._attempt(session, body)
-                value = parse(text)
-            except CallFailed as error:
-                fault, usage = error, error.usage
-            except VerdictError as error:
-                fault = CallFailed("unusable", f"no verdict: {error}")
-            tokens = tokens[0] + usage[0], tokens[1] + usage[1]
-            if not fault or not left[fault.kind]:
-                break
-            left[fault.kind] -= 1
-            self._count(retries=1)
-            self._pause((fault.wait or 0.0) + backoff * random.uniform(0.5, 1))
-            backoff = min(30.0, 2 * backoff)
-        seconds = time.monotonic() - begin
-        self._count(calls=1, failures=bool(fault), tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds)
-        if fault:
-            fault.raw, fault.usage = text, tokens
-            raise fault
-        return value, tokens
-
-    def _attempt(self, session, body):
-        """One request -> (text of the answer, (tokens in, tokens out)); CallFailed or JudgeStop."""
-        with self._lock:  # take the next free place in the minute
-            slot = self._next_slot = max(time.monotonic(), self._next_slot + self._interval)
-        self._pause(slot - time.monotonic())
-        begin = time.monotonic()
-        try:
-            status, headers, data = self._post(session, body)
-        except (requests.RequestException, HTTPError, OSError) as error:
-            reason = f"no answer within {time.monotonic() - begin:.1f} s"
-            late = isinstance(error, (TimeoutError, requests.Timeout))
-            while error.__context__:  # the system's own words are at the bottom
-                error = error.__context__
-            reason = reason if late else f"no connection: {self._redact(str(error))}"
-            self._no_sign_of_life(begin if late else time.monotonic(), reason)
-            raise CallFailed("transient", reason) from None
-        text = self._redact(data.decode("utf-8-sig", "replace"))
-        reason = f"HTTP {status}: {self._redact(_provider_message(text))}" if status != 200 else ""
-        with self._lock:
-            self._failing = 0
-        if status in (401, 402, 403, 404):
-            self._halt(f"the judge {self.model} at {self.url} refuses: {reason}")
-            raise JudgeStop(self._stop_reason)
-        if status >= 500 or status in (408, 409, 429):
-            raise CallFailed("transient", reason, _retry_after(headers.get("Retry-After")))
-        if 300 <= status < 400:
-            reason = f"HTTP {status}: redirect to {self._redact(headers.get('Location', '?'))}; use that address as URL"
-        if status != 200:
-            raise CallFailed("final", reason)
-        if len(data) > MAX_BODY:
-            raise CallFailed("unusable", f"an answer of more than {MAX_BODY >> 20} MiB")
-        content, usage = _content(text, headers.get("Content-Type", ""))
-        return self._redact(content), usage
-
-    def _post(self, session, body):
-        """-> (status, headers, body up to just over MAX_BODY); TimeoutError after `timeout` seconds, whatever hangs.
-
-        The time-outs of `requests` start anew with every byte, and looking up a name has none. So the request runs on a
-        thread of its own, which is left behind (it is a daemon) when the time is up.
-        """
-        outcome = queue.SimpleQueue()
-        # Nothing compressed: a few bytes could unpack to gigabytes.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        limits = {"timeout": (self._connect_timeout, self._timeout), "allow_redirects": False, "stream": True}
-
-        def request():
-            try:
-                with session.post(self.url, data=body, headers=headers, **limits) as response:
-                    data = bytearray()
-                    for chunk in response.iter_content(1 << 16):
-                        data += chunk
-                        if len(data) > MAX_BODY:
-                            break
-                    outcome.put((response.status_code, response.headers, data))
-            except Exception as error:  # raised again below
-                outcome.put(error)
-
-        threading.Thread(target=request, daemon=True).start()
-        try:
-            result = outcome.get(timeout=self._timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _session(self):
-        def authorise(request):
-            if self._key:
-                request.headers["Authorization"] = f"Bearer {self._key}"
-            return request
-
-        session = requests.Session()
-        session.trust_env = not is_local(self.url)  # no proxy for a local judge
-        session.auth = authorise  # even without a key: else `requests` would take one from ~/.netrc
-        return session
-
-    def _redact(self, text):
-        return text.replace(self._key, "***") if self._key else text
-
-    def _count(self, **amounts):
-        with self._lock:
-            for name, amount in amounts.items():
-                self._stats[name] += amount
-
-    # stopping
-
-    def _pause(self, seconds):
-        if self._stopped.wait(max(0.0, seconds)):
-            raise JudgeStop(self._stop_reason)
-
-    def _no_sign_of_life(self, since, reason):
-        """Count an attempt without any HTTP answer; open the circuit when nothing else has come for long enough."""
-        with self._lock:
-            self._failing_since = min(self._failing_since, since) if self._failing else since
-            self._failing += 1
-            dark = time.monotonic() - self._failing_since
-            dead = self._failing >= BREAKER_FAILURES and dark >= BREAKER_SECONDS
-        if dead:
-            self._halt(
-                f"the judge {self.model} at {self.url} is down: {self._failing} attempts in a row failed, over "
-                f"{dark:.0f} s, the last with: {reason}. Bring it back, then resume; cached verdicts are not paid again"
-            )
+        return dataclasses.replace(
+            verdict, seconds=time.monotonic() - begin, tokens_in=tokens[0], tokens_out=tokens[1]
+        )
 
     def _halt(self, reason):
         """Fail every pending and later call."""
-        with self._lock:
-            if self._stopped.is_set():
-                return
-            self._stop_reason, pending, self._pending = reason, self._pending, set()
-            self._stopped.set()
-        for future in pending:
-            future.set_exception(JudgeStop(reason))
-
-    # the cache
+        if super()._halt(reason):
+            with self._lock:
+                pending, self._pending = self._pending, set()
+            for future in pending:
+                future.set_exception(ChatStop(reason))
+            return True
+        return False
 
     def _name(self, prompt, story):
         """The row of a call: a digest of model, options, rubric, stripped prompt and story."""
@@ -829,15 +570,22 @@ class Judge:
             with self._lock:
                 return self._cache.execute(statement, values).fetchone() if self._cache else None
         except sqlite3.Error as error:
-            raise JudgeStop(f"the judge's cache cannot be used ({error}): free its disk or move it") from error
+            raise ChatStop(
+                f"the judge's cache cannot be used ({error}): free its disk or move it"
+            ) from error
 
     def _look_up(self, prompt, story):
-        row = self._sql("SELECT raw, tokens_in, tokens_out FROM verdicts WHERE key = ?", self._name(prompt, story))
+        row = self._sql(
+            "SELECT raw, tokens_in, tokens_out FROM verdicts WHERE key = ?",
+            self._name(prompt, story),
+        )
         try:
             verdict = parse_verdict(row[0], story) if row else None
         except VerdictError:  # stored by an older parser
             return None
-        return verdict and dataclasses.replace(verdict, cached=True, tokens_in=row[1], tokens_out=row[2])
+        return verdict and dataclasses.replace(
+            verdict, cached=True, tokens_in=row[1], tokens_out=row[2]
+        )
 
 
 def _open_cache(path):
@@ -846,54 +594,10 @@ def _open_cache(path):
         columns = "key TEXT PRIMARY KEY, raw TEXT, tokens_in INT, tokens_out INT"
         cache.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
     except sqlite3.Error as error:
-        raise JudgeStop(f"the judge's cache {path} cannot be opened ({error}): delete or move it") from error
+        raise ChatStop(
+            f"the judge's cache {path} cannot be opened ({error}): delete or move it"
+        ) from error
     return cache
-
-
-def _retry_after(value):
-    """Seconds that a Retry-After header asks for, as a number or an HTTP date, capped; None if it says nothing."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(0.0, min(RETRY_AFTER_MAX, seconds))
-
-
-def _provider_message(text):
-    """What a provider says in an error body: error.message of the JSON, else the beginning of the text."""
-    try:
-        body = json.loads(text)
-        error = (body[0] if isinstance(body, list) else body)["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, RecursionError, LookupError, TypeError):
-        pass  # an HTML page, for instance
-    return " ".join(_clean(str(text)).split())[:300] or "(empty)"
-
-
-def _content(text, content_type):
-    """The body of a 200 -> (text of the answer, (tokens in, tokens out)); CallFailed if it holds no answer."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        what = f"{content_type or 'no content type'}: {_provider_message(text)[:100]}"
-        raise CallFailed("unusable", f"HTTP 200 without JSON ({what}); is the URL right?") from None
-    usage = body.get("usage") if isinstance(body, dict) else None
-    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    usage = tuple(n if type(n) is int and 0 <= n < 1 << 40 else 0 for n in counts)
-    try:
-        choice = body["choices"][0]
-        content, reason = choice["message"]["content"], choice.get("finish_reason")
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content if part.get("type") == "text")
-    except (LookupError, TypeError, AttributeError):
-        raise CallFailed("unusable", f"HTTP 200 without an answer: {_provider_message(text)}", usage=usage) from None
-    if not isinstance(content, str) or not content.strip() or reason in ("length", "content_filter"):
-        why = f" ({reason})" if reason in ("length", "content_filter") else ""
-        raise CallFailed("unusable", f"an empty or unfinished answer{why}", usage=usage)
-    return _clean(content), usage
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -921,6 +625,30 @@ When Tom had gone she carried her supper up the ninety-one steps, and her blanke
 passed, and both of them were answered."""
 
 
+def stand_in_command(arguments):
+    """-> (command, environment) of the offline judge as a program of its own, found beside this file."""
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    )
+    return [sys.executable, "-m", "mini.standin", *arguments], {**os.environ, "PYTHONPATH": path}
+
+
+def start_stand_in(delay=0.0, faults="", seed=0, log=""):
+    """Start the offline judge in a process of its own -> (Popen, base_url). It ends when its stdin closes."""
+    options = {"--port": 0, "--delay": delay, "--faults": faults, "--seed": seed, "--log": log}
+    arguments = ["--until-stdin-closes", *(f"{name}={value}" for name, value in options.items())]
+    command, env = stand_in_command(arguments)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    url = process.stdout.readline().strip()
+    if not url:
+        raise RuntimeError(
+            f"the offline judge did not start (exit code {process.wait()}); its message is on stderr"
+        )
+    return process, url
+
+
 def _drafts():
     """Five drafts of the bundled story: the tale itself, and four ways to spoil it."""
     parts = CHECK_STORY.split("\n\n")
@@ -938,7 +666,10 @@ def _drafts():
 def _check(judge, times):
     """Score five drafts several times each: is the spread of one draft's scores small beside that between drafts?"""
     judge.check()
-    futures = {name: [judge.submit(CHECK_PROMPT, text) for _ in range(times)] for name, text in _drafts().items()}
+    futures = {
+        name: [judge.submit(CHECK_PROMPT, text) for _ in range(times)]
+        for name, text in _drafts().items()
+    }
     verdicts = {name: [future.result() for future in asked] for name, asked in futures.items()}
     every, scores = sum(verdicts.values(), []), {}
     print(f"{judge.model} at {judge.url}\n\n{'draft':30}{'mean':>7}{'spread':>8}   scores")
@@ -946,7 +677,7 @@ def _check(judge, times):
         found = scores[name] = [v.score for v in of_draft if v.score is not None]
         if len(found) < 2:
             errors = "; ".join({v.error for v in of_draft if v.error})
-            raise JudgeStop(f"too few verdicts on {name!r} to say anything: {errors}")
+            raise ChatStop(f"too few verdicts on {name!r} to say anything: {errors}")
         listed = " ".join(f"{score:.2f}" for score in found)
         print(f"{name:30}{statistics.fmean(found):7.2f}{statistics.stdev(found):8.3f}   {listed}")
     quotes = [v.quote_accuracy for v in every if v.quote_accuracy is not None]
@@ -971,7 +702,9 @@ Can this judge tell five drafts apart? {yes}; it ranks {first} first.""")
 
 
 def _print_verdict(verdict):
-    totals = ", ".join(f"{name} {getattr(verdict, name)}" for name in ("positive", "negative", "bonus", "penalty"))
+    totals = ", ".join(
+        f"{name} {getattr(verdict, name)}" for name in ("positive", "negative", "bonus", "penalty")
+    )
     print(f"Story Quality {100 * verdict.score:.0f}, {label(100 * verdict.score)} ({totals})")
     for d in RUBRIC:
         entry, indent = verdict.dimensions[d.key], " " * 8
@@ -984,12 +717,18 @@ def _print_verdict(verdict):
 
 def _run_client(args):
     if args.command == "score":
-        with sys.stdin if args.story == "-" else open(args.story, encoding="utf-8", errors="replace") as file:
+        with (
+            sys.stdin
+            if args.story == "-"
+            else open(args.story, encoding="utf-8", errors="replace") as file
+        ):
             story = file.read()
-    import offline
-
-    process, url = (None, args.judge_url) if args.judge_url else offline.serve_in_background()
-    options = {"timeout": args.judge_timeout, "price_in": args.judge_price_in, "price_out": args.judge_price_out}
+    process, url = (None, args.judge_url) if args.judge_url else start_stand_in()
+    options = {
+        "timeout": args.judge_timeout,
+        "price_in": args.judge_price_in,
+        "price_out": args.judge_price_out,
+    }
     key = api_key(args.judge_key_env, url)
     judge = Judge(url, args.judge_model, key, extra_body=args.judge_extra, **options)
     if args.command == "check":
@@ -997,12 +736,19 @@ def _run_client(args):
     else:
         verdict = judge.submit(args.prompt, story).result()
         if verdict.score is None:
-            raise JudgeStop(f"no verdict: {verdict.error}")
-        print(json.dumps(dataclasses.asdict(verdict), indent=1)) if args.json else _print_verdict(verdict)
+            raise ChatStop(f"no verdict: {verdict.error}")
+        print(json.dumps(dataclasses.asdict(verdict), indent=1)) if args.json else _print_verdict(
+            verdict
+        )
     judge.close()
     if process:
         process.stdin.close()
         process.wait()
+
+
+def _serve(args):
+    command, env = stand_in_command(args.arguments)
+    os.execve(sys.executable, command, env)
 
 
 def _print_schema(args):
@@ -1018,12 +764,19 @@ def _json_object(text):
 
 
 def main():
-    import offline  # it imports this module
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     check = commands.add_parser("check", help="reach a judge, and see what it is worth")
-    check.add_argument("--times", type=int, default=3, choices=range(2, 21), metavar="2..20", help="verdicts per draft")
+    check.add_argument(
+        "--times",
+        type=int,
+        default=3,
+        choices=range(2, 21),
+        metavar="2..20",
+        help="verdicts per draft",
+    )
     score = commands.add_parser("score", help="a readable verdict for one story")
     score.add_argument("story", help="text file, or - for standard input")
     score.add_argument("--prompt", default="", help="what the story was written for")
@@ -1032,21 +785,38 @@ def main():
         add = command.add_argument
         add("--judge-url", default="", help="OpenAI-style base URL; without it the offline judge")
         add("--judge-model", default="offline", help="name of the judge model")
-        add("--judge-key-env", default="JUDGE_API_KEY", help="environment variable of its key [%(default)s]")
-        add("--judge-extra", type=_json_object, default={}, metavar="JSON", help="object added to every request")
-        add("--judge-timeout", type=float, default=600.0, help="seconds for one attempt [%(default)s]")
+        add(
+            "--judge-key-env",
+            default="JUDGE_API_KEY",
+            help="environment variable of its key [%(default)s]",
+        )
+        add(
+            "--judge-extra",
+            type=_json_object,
+            default={},
+            metavar="JSON",
+            help="object added to every request",
+        )
+        add(
+            "--judge-timeout",
+            type=float,
+            default=600.0,
+            help="seconds for one attempt [%(default)s]",
+        )
         add("--judge-price-in", type=float, default=0.0, help="dollars per million prompt tokens")
         add("--judge-price-out", type=float, default=0.0, help="dollars per million answer tokens")
         command.set_defaults(run=_run_client)
     serve = commands.add_parser("serve", help="the offline judge, as a server on this machine")
-    offline.add_arguments(serve)
-    serve.set_defaults(run=offline.serve)
-    schema = commands.add_parser("schema", help="the verdict's JSON schema, as --judge-extra for strict decoding")
+    serve.add_argument("arguments", nargs=argparse.REMAINDER)
+    serve.set_defaults(run=_serve)
+    schema = commands.add_parser(
+        "schema", help="the verdict's JSON schema, as --judge-extra for strict decoding"
+    )
     schema.set_defaults(run=_print_schema)
     args = parser.parse_args()
     try:
         args.run(args)
-    except (JudgeStop, ValueError, OSError) as error:
+    except (ChatStop, ValueError, OSError) as error:
         sys.exit(f"judge.py: {error}")
 
 

@@ -29,8 +29,6 @@ Departures from the paper and its release (the README has the whole table):
 Notably absent: a reference model and KL term, a value model, several updates a step, asynchronous rollouts, LoRA.
 """
 
-import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -38,7 +36,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -51,221 +49,18 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import data
-import eval as evaluation
-import judge as judging
-import mini
-import offline
+import reward as rewards
+from chat import ChatStop, api_key
+from config import Config, ConfigError, parse
 from data import DataError, Example
-from eval import mean
+from evals.report import print_summary, report
 from grpo import anchor_weight, group_advantages
-from judge import Judge, JudgeStop, Reward, RewardConfig, Verdict
-from policy import Policy, accumulate, apply, export, load, load_policy, save
-from rollout import Rollout, Sampling, copy_weights, generate, kernels, row_seed
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the option and what to do."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: the defaults are the published run, MINI is what the miniature changes
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def opt(default, text: str, free: bool = False):
-    """A field with its line of help. `free`: may differ when a run is resumed, since it does not change the numbers."""
-    return field(default=default, metadata={"help": text, "free": free})
-
-
-@dataclass(frozen=True)
-class Config(RewardConfig):
-    """Every knob of a run. The reward's constants come first, inherited from judge.RewardConfig."""
-
-    preset: str = opt("mini", "mini: the offline miniature | paper: the published run")
-    # model and data
-    model: str = opt("Qwen/Qwen3.5-9B", "Hugging Face model, name or directory; '' makes the miniature's own")
-    data: str = opt("", "JSONL of prompt–story pairs (see data.py); '' writes the miniature's fables")
-    eval_data: str = opt("", "JSONL of held-out prompts for validation; '' none (mini: held out from --data)")
-    thinking: bool = opt(True, "chat template with thinking; anchors then need a reasoning trace")
-    max_prompt: int = opt(256, "tokens; longer prompts are dropped")
-    # run
-    out: str = opt("", "run directory; '' is runs/PRESET-DATE-TIME", free=True)
-    resume: bool = opt(False, "go on from the newest checkpoint in --out", free=True)
-    seed: int = opt(3479, "everything random derives from it")
-    steps: int = opt(0, "training steps; 0 is one epoch", free=True)
-    save_every: int = opt(5, "steps between checkpoints", free=True)
-    keep: int = opt(2, "newest checkpoints to keep (of a 9B model, 108 GB each)", free=True)
-    eval_every: int = opt(20, "steps between validations; before and after training there is always one")
-    device: str = opt("auto", "auto: a GPU for each rank where there are enough, else the CPU | cpu | cuda", free=True)
-    tracker: str = opt("none", "none | wandb | tensorboard: where metrics go besides metrics.jsonl", free=True)
-    # groups and anchors
-    prompts: int = opt(8, "prompts per step")
-    group: int = opt(6, "rows per prompt, the anchor included")
-    anchor: bool = opt(True, "human-reference injection; without it all rows are policy rollouts")
-    anchor_peak: float = opt(0.4, "weight of the anchor's advantage after the warm-up")
-    anchor_warmup: int = opt(15, "steps over which that weight rises from 0")
-    anchor_decay: int = opt(0, "steps over which it then falls to --anchor-final; 0: it stays")
-    anchor_final: float = opt(0.0, "weight after the decay")
-    anchor_shape: str = opt("linear", "linear | cosine decay")
-    anchor_std_floor: float = opt(0.05, "least spread that an anchor is measured with; 0: the bare formula")
-    anchor_cap: bool = opt(True, "clamp the weighted anchor advantage to what the best of K rollouts could have")
-    # sampling
-    temperature: float = opt(1.0, "of sampling")
-    top_p: float = opt(0.95, "nucleus, inside the top k")
-    top_k: int = opt(20, "most likely tokens kept; 0: all")
-    repetition_penalty: float = opt(1.10, "on tokens the row already holds; 1: none")
-    # optimiser
-    lr: float = opt(1e-6, "AdamW, constant")
-    beta1: float = opt(0.9, "AdamW")
-    beta2: float = opt(0.999, "AdamW")
-    weight_decay: float = opt(0.01, "AdamW")
-    grad_clip: float = opt(1.0, "largest gradient norm")
-    recompute: bool = opt(True, "keep only each layer's input for the backward pass and compute the rest again")
-    micro_tokens: int = opt(16384, "padded tokens per forward pass of a rank (always at least one row)")
-    # judge
-    judge_url: str = opt(
-        "", "OpenAI-style base URL, e.g. http://localhost:8000/v1; mini: '' starts the offline judge", free=True
-    )
-    judge_model: str = opt("gemini-3-flash-preview", "name of the judge model")
-    judge_key_env: str = opt("JUDGE_API_KEY", "environment variable with the API key", free=True)
-    judge_extra: str = opt(
-        '{"temperature": 0.2, "top_p": 0.9, "max_tokens": 65536, "reasoning_effort": "medium", "service_tier": "flex"}',
-        "JSON added to every judge request",
-    )
-    judge_concurrency: int = opt(16, "requests in flight per rank", free=True)
-    judge_rpm: int = opt(0, "requests per minute and rank; 0: no limit", free=True)
-    judge_timeout: float = opt(600.0, "seconds per request, all told", free=True)
-    judge_retries: int = opt(4, "tries after the first", free=True)
-    judge_price_in: float = opt(0.0, "dollars per million prompt tokens", free=True)
-    judge_price_out: float = opt(0.0, "dollars per million answer tokens", free=True)
-    max_judge_failures: float = opt(0.5, "share of a step's stories; above it the run saves and stops", free=True)
-    # supervised warm start: the same update with every row an anchor of advantage 1
-    warm_steps: int = opt(0, "supervised steps before reinforcement learning (mini: on misleading lengths)")
-    warm_rows: int = opt(16, "stories per supervised step")
-    warm_lr: float = opt(3e-3, "AdamW, falling linearly to a tenth")
-    eval_prompts: int = opt(40, "mini: prompts held out, at most a fifth; each is asked at 1x, 2x and 3x")
-
-
-MINI = dict(
-    model="",
-    thinking=False,
-    seed=0,
-    steps=40,
-    save_every=20,
-    eval_every=0,
-    repetition_penalty=1.0,
-    anchor_warmup=5,
-    lr=2e-4,
-    beta2=0.95,
-    recompute=False,
-    micro_tokens=8192,
-    judge_model="offline",
-    judge_extra="{}",
-    judge_timeout=30.0,
-    warm_steps=160,
-    max_response=0,
-    # the reward's absolute constants, scaled from 1,000–4,000 words to 25–60
-    min_target=5,
-    blank_words=5,
-    len_below_min=3,
-    len_above_min=5,
-    overlong_buffer=16,
-)
-PRESETS = {"mini": MINI, "paper": {}}
-
-
-def parse(argv: list[str]) -> Config:
-    """Command line → Config: the preset's values, then what was given. Unknown options end the program with usage."""
-    parser = argparse.ArgumentParser(
-        prog="polaris.py",
-        usage="polaris.py [--preset mini|paper] [--OPTION VALUE ...]     (--help lists all options)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
-        about = f.metadata.get("help", "constant of the reward, see judge.RewardConfig")
-        text = f"{about} [{f.default!r}" + (f"; mini {MINI[f.name]!r}]" if f.name in MINI else "]")
-        options = dict(default=MISSING, help=text.replace("%", "%%"))
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        else:
-            choices = list(PRESETS) if f.name == "preset" else None
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), choices=choices, **options)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
-    base = PRESETS[given.get("preset", "mini")]
-    if given.get("resume"):
-        base = saved_config(given)
-    cfg = Config(**base | given)
-    check(cfg)
-    return cfg
-
-
-def saved_config(given: dict) -> dict:
-    """The configuration of the run to resume. What was `given` anew may differ only where it changes no number."""
-    path = Path(given.get("out", "")) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"--resume: {path} does not exist; name the directory of an earlier run with --out")
-    saved = json.loads(path.read_text())
-    free = {f.name for f in fields(Config) if f.metadata.get("free")}
-    if other := [name for name in given if name not in free and saved.get(name) != given[name]]:
-        changes = ", ".join(f"{name} {saved.get(name)!r} there and {given[name]!r} here" for name in other)
-        raise ConfigError(
-            f"{path} is of another configuration ({changes}): leave these options out, or start a new run"
-        )
-    return saved
-
-
-def check(cfg: Config) -> None:
-    """Refuse what cannot work, before anything is written or paid for."""
-    for name, choices in {
-        "device": ("auto", "cpu", "cuda"),
-        "tracker": ("none", "wandb", "tensorboard"),
-        "anchor_shape": ("linear", "cosine"),
-    }.items():
-        if getattr(cfg, name) not in choices:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: choose from {', '.join(choices)}")
-    if cfg.tracker != "none" and not importlib.util.find_spec(cfg.tracker):
-        raise ConfigError(f"--tracker {cfg.tracker}: the package is not here; pip install {cfg.tracker}")
-    for f in fields(cfg):
-        if isinstance(value := getattr(cfg, f.name), int | float) and not value >= 0:  # NaN is not either
-            raise ConfigError(f"--{f.name.replace('_', '-')} {value}: must be a number, and not below 0")
-    try:
-        Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty)
-    except ValueError as e:
-        raise ConfigError(f"sampling {e}") from None
-    for name in ("prompts", "save_every", "keep", "micro_tokens", "warm_rows", "judge_concurrency", "eval_prompts"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    if cfg.group < (3 if cfg.anchor else 2):
-        raise ConfigError(
-            f"--group {cfg.group}: a group needs two policy rollouts for its statistics, besides its anchor"
-        )
-    if not cfg.resume and cfg.out and Path(cfg.out).exists() and any(Path(cfg.out).iterdir()):
-        raise ConfigError(f"--out {cfg.out} is not empty: add --resume to go on with that run, or choose another")
-    try:
-        extra = json.loads(cfg.judge_extra)
-    except json.JSONDecodeError as e:
-        raise ConfigError(
-            f"--judge-extra is no JSON ({e}): give an object such as '{{\"temperature\": 0.2}}'"
-        ) from None
-    if not isinstance(extra, dict):
-        raise ConfigError("--judge-extra must be a JSON object, such as '{\"temperature\": 0.2}'")
-    if cfg.model and not cfg.data:
-        raise ConfigError(
-            "--data is missing: a JSONL of prompts and human stories. "
-            "Make one from any anthology with `python data.py build BOOK.txt … --out train.jsonl`"
-        )
-    if cfg.preset == "paper" and not cfg.judge_url:
-        raise ConfigError(
-            "--judge-url is missing: an OpenAI-style endpoint of the judge, with its key in the environment variable "
-            f"{cfg.judge_key_env} (README, 'Judges', has a recipe per provider)"
-        )
-    for name in ("data", "eval_data"):
-        if (path := getattr(cfg, name)) and not Path(path).is_file():
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file")
-
+from judge import Judge, Verdict, start_stand_in
+from mini import world
+from policy import Policy, accumulate, apply, copy_weights, export, load, load_policy, save
+from reward import Reward
+from rollout import Rollout, Sampling, generate, kernels, row_seed
+from rundir import append, mean, read_jsonl, rewind
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A step: write, judge, compare, update
@@ -316,7 +111,14 @@ class Run:
         return {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
 
     def bar(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, leave=False, position=1, disable=self.rank != 0, dynamic_ncols=True)
+        return tqdm(
+            total=total,
+            desc=what,
+            leave=False,
+            position=1,
+            disable=self.rank != 0,
+            dynamic_ncols=True,
+        )
 
 
 EMPTY_PAGE = Verdict(score=0.0)
@@ -326,10 +128,12 @@ def write(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Ro
     """Write a story for each (example, k) of `jobs`. It goes to the judge the moment it ends; the anchors go at once.
 
     Returns (on every rank all rows, in the order of `jobs` then `anchors`, without verdicts; the verdicts to come on
-    the rows that this rank sent, by row number). Raises JudgeStop on every rank if it happened on any.
+    the rows that this rank sent, by row number). Raises ChatStop on every rank if it happened on any.
     """
     cfg, rank, world = run.cfg, run.rank, run.mesh.size()
-    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit)
+    sampling = Sampling(
+        cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty, max_new_tokens=limit
+    )
     first, end = (len(jobs) * r // world for r in (rank, rank + 1))
     mine = jobs[first:end]  # neighbours share a prompt, and so its prefill
     prompts = [data.encode_prompt(run.tokenizer, e.prompt, cfg.thinking) for e, _ in mine]
@@ -361,33 +165,39 @@ def write(run: Run, step: int, jobs: list[tuple[Example, int]], anchors: list[Ro
             for i in range(rank, len(anchors), world):
                 send(len(jobs) + i, anchors[i])
             seeds = [row_seed(cfg.seed, step, e.uid, k) for e, k in mine]
-            most = -(-cfg.prompts * cfg.group // world)  # also in a validation, whose stories are longer
-            generate(run.copy, prompts, seeds, sampling, run.eos, max_rows=most, on_finish=on_finish)
-        except JudgeStop as e:
+            most = -(
+                -cfg.prompts * cfg.group // world
+            )  # also in a validation, whose stories are longer
+            generate(
+                run.copy, prompts, seeds, sampling, run.eos, max_rows=most, on_finish=on_finish
+            )
+        except ChatStop as e:
             stop = str(e)
     parts = share([written[i] for i in sorted(written)], stop)
     return [row for part in parts for row in part] + anchors, verdicts
 
 
 def share(mine, stop: str) -> list:
-    """What each rank has, on all ranks. Raises JudgeStop on all of them if one has a reason to stop."""
+    """What each rank has, on all ranks. Raises ChatStop on all of them if one has a reason to stop."""
     everything: list = [None] * dist.get_world_size()
     dist.all_gather_object(everything, (mine, stop))
     for _, reason in everything:
         if reason:
-            raise JudgeStop(reason)
+            raise ChatStop(reason)
     return [part for part, _ in everything]
 
 
-def hear(run: Run, rows: list[Row], wave: list[int], verdicts: dict[int, Future], limit: int) -> None:
+def hear(
+    run: Run, rows: list[Row], wave: list[int], verdicts: dict[int, Future], limit: int
+) -> None:
     """Wait for the verdicts on the rows numbered in `wave`, on every rank, and give these rows verdict and reward.
 
-    Raises JudgeStop on every rank if it happened on any.
+    Raises ChatStop on every rank if it happened on any.
     """
     mine, stop, cfg = {}, "", replace(run.cfg, max_response=limit)
     try:
         mine = {i: verdicts[i].result() for i in wave if i in verdicts}
-    except JudgeStop as e:
+    except ChatStop as e:
         stop = str(e)
     for part in share(mine, stop):
         for i, verdict in part.items():
@@ -404,7 +214,10 @@ def waves(rows: list[Row]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.example.uid, []).append(i)
-    order = sorted(groups.values(), key=lambda g: max(len(rows[i].response_ids) for i in g if not rows[i].anchor))
+    order = sorted(
+        groups.values(),
+        key=lambda g: max(len(rows[i].response_ids) for i in g if not rows[i].anchor),
+    )
     tokens = [sum(len(rows[i].response_ids) for i in group) for group in order]
     cut = min(range(len(order)), key=lambda n: abs(sum(tokens[:n]) - sum(tokens) / 2))
     return [sum(part, []) for part in (order[:cut], order[cut:]) if part]
@@ -414,9 +227,13 @@ def reward_of(row: Row, tokenizer, cfg: Config) -> Reward | None:
     """The reward of a judged row; None without a verdict."""
     if row.verdict.score is None:
         return None
-    n_thinking = len(tokenizer(row.thinking, add_special_tokens=False).input_ids) if row.thinking else 0
+    n_thinking = (
+        len(tokenizer(row.thinking, add_special_tokens=False).input_ids) if row.thinking else 0
+    )
     n_tokens, target = len(row.response_ids), row.example.target_words
-    return judging.reward(row.verdict.score, row.story, target, n_tokens, n_thinking, row.finished, cfg)
+    return rewards.reward(
+        row.verdict.score, row.story, target, n_tokens, n_thinking, row.finished, cfg
+    )
 
 
 def make_anchors(run: Run, examples: list[Example]) -> list[Row]:
@@ -426,7 +243,9 @@ def make_anchors(run: Run, examples: list[Example]) -> list[Row]:
         response = data.encode_anchor(run.tokenizer, e, run.cfg.thinking, run.cfg.max_response)
         if response is not None:
             prompt = data.encode_prompt(run.tokenizer, e.prompt, run.cfg.thinking)
-            rows.append(Row(e, run.cfg.group - 1, True, prompt, response, True, e.reasoning, e.story))
+            rows.append(
+                Row(e, run.cfg.group - 1, True, prompt, response, True, e.reasoning, e.story)
+            )
     return rows
 
 
@@ -447,7 +266,7 @@ def advantages_of(rows: list[Row], cfg: Config, weight: float) -> Tensor:
 def train_step(run: Run, step: int) -> tuple[dict, list[Row]]:
     """One step of the recipe, the six parts of the module's docstring. Returns its metrics and its rows.
 
-    JudgeStop comes before the optimiser's step, but gradients may be there: whoever goes on has to drop them.
+    ChatStop comes before the optimiser's step, but gradients may be there: whoever goes on has to drop them.
     """
     cfg, started = run.cfg, clock(run)
 
@@ -455,7 +274,12 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row]]:
     weight = 0.0
     if cfg.anchor:
         weight = anchor_weight(
-            step, cfg.anchor_peak, cfg.anchor_warmup, cfg.anchor_decay, cfg.anchor_final, cfg.anchor_shape
+            step,
+            cfg.anchor_peak,
+            cfg.anchor_warmup,
+            cfg.anchor_decay,
+            cfg.anchor_final,
+            cfg.anchor_shape,
         )
     anchors = make_anchors(run, examples) if weight > 0 else []
     drafts = cfg.group - (weight > 0)
@@ -473,11 +297,13 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row]]:
         for row, advantage in zip(part, advantages_of(part, cfg, weight).tolist(), strict=True):
             row.advantage = advantage
         ids = [(r.prompt_ids, r.response_ids) for r in part]
-        sums += accumulate(run.policy, ids, [r.advantage for r in part], n_tokens, run.mesh, cfg.micro_tokens)
+        sums += accumulate(
+            run.policy, ids, [r.advantage for r in part], n_tokens, run.mesh, cfg.micro_tokens
+        )
 
     failed = [r for r in rows if r.reward is None]
     if len(failed) > cfg.max_judge_failures * len(rows):
-        raise JudgeStop(
+        raise ChatStop(
             f"{len(failed)} of {len(rows)} stories of step {step} got no verdict from {run.judge.url}, more than "
             f"--max-judge-failures {cfg.max_judge_failures:g} allows; the last reason: {failed[-1].verdict.error}"
         )
@@ -486,7 +312,11 @@ def train_step(run: Run, step: int) -> tuple[dict, list[Row]]:
     copy_weights(run.policy.lm, run.copy)
     done = clock(run)
 
-    seconds = {"rollout": written - started, "judge_wait": waited, "update": updated - written - waited}
+    seconds = {
+        "rollout": written - started,
+        "judge_wait": waited,
+        "update": updated - written - waited,
+    }
     metrics = {"step": step, **summary([r for r in rows if not r.anchor])}
     judged = [r for r in rows if r.anchor and r.reward]
     metrics |= {
@@ -513,15 +343,19 @@ def clock(run: Run) -> float:
 def summary(rows: list[Row]) -> dict:
     """Means over the rows that have a reward; None where there is none."""
     judged = [r for r in rows if r.reward]
-    words = [judging.word_count(r.story) for r in judged]
+    words = [rewards.word_count(r.story) for r in judged]
     rewards = [r.reward.total for r in judged]
     return {
         "n": len(judged),
         "reward_mean": mean(rewards),
         "reward_std": statistics.pstdev(rewards) if rewards else None,
         **{part: mean(getattr(r.reward, part) for r in judged) for part in PARTS},
-        "length_error": mean(abs(w / r.example.target_words - 1) for w, r in zip(words, judged, strict=True)),
-        "length_ratio": mean(w / r.example.target_words for w, r in zip(words, judged, strict=True)),
+        "length_error": mean(
+            abs(w / r.example.target_words - 1) for w, r in zip(words, judged, strict=True)
+        ),
+        "length_ratio": mean(
+            w / r.example.target_words for w, r in zip(words, judged, strict=True)
+        ),
         "words": mean(words),
         "finished": mean(r.finished for r in judged),
     }
@@ -547,7 +381,13 @@ def validate(run: Run, step: int, label: str) -> None:
         rows, verdicts = write(run, 0, [(e, 0) for e in examples], [], limit)
         hear(run, rows, list(range(len(rows))), verdicts, limit)
         s = summary(rows)
-        line = {"step": step, "label": label, "bucket": f"{factor}x", "reward": s.pop("reward_mean"), **s}
+        line = {
+            "step": step,
+            "label": label,
+            "bucket": f"{factor}x",
+            "reward": s.pop("reward_mean"),
+            **s,
+        }
         if run.rank == 0:
             append(run.out / "evals.jsonl", line)
             for row in rows:
@@ -572,25 +412,12 @@ def record(row: Row) -> dict:
         "target_words": row.example.target_words,
         "thinking": row.thinking,
         "story": row.story,
-        "words": judging.word_count(row.story),
+        "words": rewards.word_count(row.story),
         "tokens": len(row.response_ids),
         "finished": row.finished,
         "reward": asdict(row.reward) if row.reward else None,
         "verdict": asdict(row.verdict),
     }
-
-
-def append(path: Path, line: dict) -> None:
-    """One JSON line, in ASCII: whatever a policy or a judge wrote, only a line's end is a line break."""
-    with path.open("a") as f:
-        f.write(json.dumps(line) + "\n")
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after `step`, a half-written last line included."""
-    if path.exists():
-        lines, _ = evaluation.read_jsonl(path)
-        evaluation.write_jsonl(path, [line for line in lines if line["step"] <= step])
 
 
 def save_step(run: Run, step: int) -> None:
@@ -614,7 +441,12 @@ def resume(run: Run) -> int | None:
         copy_weights(run.policy.lm, run.copy)
     if run.rank == 0:
         last = -1 if step is None else step
-        for name, kept in {"metrics": last, "rollouts": last, "evals": last - 1, "eval_stories": last - 1}.items():
+        for name, kept in {
+            "metrics": last,
+            "rollouts": last,
+            "evals": last - 1,
+            "eval_stories": last - 1,
+        }.items():
             rewind(run.out / f"{name}.jsonl", kept)
     return step
 
@@ -627,7 +459,10 @@ def resume(run: Run) -> int | None:
 def warm_start(run: Run, examples: list[Example]) -> None:
     """Supervised steps: the same update with human rows only, each of advantage 1."""
     cfg = run.cfg
-    optimizer, n_rows = make_optimizer(run.policy, cfg, cfg.warm_lr), min(cfg.warm_rows, len(examples))
+    optimizer, n_rows = (
+        make_optimizer(run.policy, cfg, cfg.warm_lr),
+        min(cfg.warm_rows, len(examples)),
+    )
     with run.bar(cfg.warm_steps, "warm start") as bar:
         for step in range(1, cfg.warm_steps + 1):
             for group in optimizer.param_groups:
@@ -635,7 +470,9 @@ def warm_start(run: Run, examples: list[Example]) -> None:
             rows = make_anchors(run, data.step_examples(examples, cfg.seed, step, n_rows))
             pairs = [(r.prompt_ids, r.response_ids) for r in rows]
             n_tokens = sum(len(response) for _, response in pairs)
-            sums = accumulate(run.policy, pairs, [1.0] * len(rows), n_tokens, run.mesh, cfg.micro_tokens)
+            sums = accumulate(
+                run.policy, pairs, [1.0] * len(rows), n_tokens, run.mesh, cfg.micro_tokens
+            )
             metrics = apply(run.policy, optimizer, sums, n_tokens, cfg.grad_clip)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}")
             bar.update()
@@ -643,7 +480,9 @@ def warm_start(run: Run, examples: list[Example]) -> None:
 
 
 def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(
+        policy.parameters(), lr=lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
 
 
 def train(run: Run, warm_examples: list[Example]) -> None:
@@ -673,21 +512,31 @@ def train(run: Run, warm_examples: list[Example]) -> None:
     for step in range(done + 1, steps + 1):
         try:
             metrics, rows = train_step(run, step)
-        except JudgeStop:
+        except ChatStop:
             run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
             save_step(run, step - 1)
             raise
         stats: list = [None] * run.mesh.size()
         dist.all_gather_object(stats, run.judge.stats())
         if main:
-            bill = metrics["judge"] = {k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
+            bill = metrics["judge"] = {
+                k: spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]
+            }
             bill["dollars_projected"] = bill["dollars"] * steps / step
             for row in rows:
-                append(out / "rollouts.jsonl", {"step": step, **record(row), "advantage": row.advantage})
+                append(
+                    out / "rollouts.jsonl",
+                    {"step": step, **record(row), "advantage": row.advantage},
+                )
             append(out / "metrics.jsonl", metrics)
             if tracker:
                 tracker(metrics, step)
-            shown = {"reward": "reward_mean", "length error": "length_error", "words": "words", "$": "dollars"}
+            shown = {
+                "reward": "reward_mean",
+                "length error": "length_error",
+                "words": "words",
+                "$": "dollars",
+            }
             values = {name: (metrics | bill)[key] for name, key in shown.items()}
             bar.set_postfix({name: f"{value:.2f}" for name, value in values.items() if value})
             bar.update()
@@ -701,7 +550,7 @@ def train(run: Run, warm_examples: list[Example]) -> None:
 
 def last_judge_stats(path: Path) -> dict:
     """What the run has spent on its judge before it was interrupted: the newest line's running totals."""
-    lines = evaluation.read_jsonl(path)[0] if path.exists() else []
+    lines = read_jsonl(path)[0] if path.exists() else []
     return lines[-1]["judge"] if lines else {}
 
 
@@ -734,7 +583,9 @@ def join() -> int:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=patience)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience
+        )
     return dist.get_rank()
 
 
@@ -746,12 +597,16 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
             f"--device cuda: {local_world} ranks but {gpus} GPUs here; start {gpus} with --nproc_per_node"
         )
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpus >= local_world)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     nodes = dist.get_world_size() // local_world
     if nodes > 1:
-        return init_device_mesh(device.type, (nodes, local_world), mesh_dim_names=("replicate", "shard")), device
+        return init_device_mesh(
+            device.type, (nodes, local_world), mesh_dim_names=("replicate", "shard")
+        ), device
     return init_device_mesh(device.type, (local_world,), mesh_dim_names=("shard",)), device
 
 
@@ -761,7 +616,7 @@ def load_examples(cfg: Config) -> tuple[list[Example], list[Example], list[Examp
         train = data.load(cfg.data, anchors=cfg.anchor, thinking=cfg.thinking)
         evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
         return train, evals, train if cfg.warm_steps else []
-    train = data.load(cfg.data, thinking=cfg.thinking) if cfg.data else mini.fables(1000, cfg.seed)
+    train = data.load(cfg.data, thinking=cfg.thinking) if cfg.data else world.fables(1000, cfg.seed)
     evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
     if not evals:
         n_evals = max(1, min(cfg.eval_prompts, len(train) // 5))
@@ -773,20 +628,20 @@ def load_examples(cfg: Config) -> tuple[list[Example], list[Example], list[Examp
             )
         held_out = data.step_examples(train, cfg.seed, 1, n_evals)
         train = [e for e in train if e not in held_out]
-        evals = mini.stretch(held_out, max(e.target_words for e in train))
-    return train, evals, mini.mislead(train, cfg.seed) if cfg.warm_steps else []
+        evals = world.stretch(held_out, max(e.target_words for e in train))
+    return train, evals, world.mislead(train, cfg.seed) if cfg.warm_steps else []
 
 
 def open_judge(cfg: Config, out: Path):
     """(judge client of this rank, offline judge process or None). Makes `out` once the judge has answered.
 
-    Raises JudgeStop if it cannot be reached, with nothing written.
+    Raises ChatStop if it cannot be reached, with nothing written.
     """
     url, process = [cfg.judge_url], None
     if not cfg.judge_url and dist.get_rank() == 0:
-        process, url[0] = offline.serve_in_background()
+        process, url[0] = start_stand_in()
     dist.broadcast_object_list(url, src=0)
-    key = judging.api_key(cfg.judge_key_env, url[0])
+    key = api_key(cfg.judge_key_env, url[0])
     settings = dict(
         concurrency=cfg.judge_concurrency,
         rpm=cfg.judge_rpm,
@@ -801,12 +656,12 @@ def open_judge(cfg: Config, out: Path):
         probe = Judge(url[0], cfg.judge_model, key, **settings)
         try:
             probe.check()
-        except JudgeStop as e:
+        except ChatStop as e:
             reason[0] = str(e)
         probe.close()
     dist.broadcast_object_list(reason, src=0)
     if reason[0]:
-        raise JudgeStop(reason[0])
+        raise ChatStop(reason[0])
     out.mkdir(parents=True, exist_ok=True)
     return Judge(url[0], cfg.judge_model, key, cache=out / "verdicts.sqlite", **settings), process
 
@@ -822,20 +677,26 @@ def run(cfg: Config, out: Path, mesh: DeviceMesh, device: torch.device, examples
                 (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
             if not cfg.model and not (out / "start" / "config.json").exists():
                 # Real prose has more words than the fables do; longer tokens keep its stories short.
-                mini.make_model(out / "start", train_examples, cfg.seed, vocab_size=2048 if cfg.data else 512)
+                world.make_model(
+                    out / "start", train_examples, cfg.seed, vocab_size=2048 if cfg.data else 512
+                )
         dist.barrier()
         source = find_model(cfg.model) if cfg.model else out / "start"
         tokenizer = AutoTokenizer.from_pretrained(source)
         policy, copy = load_policy(source, mesh, device, cfg.recompute)
         fits = [
-            e for e in train_examples if len(data.encode_prompt(tokenizer, e.prompt, cfg.thinking)) <= cfg.max_prompt
+            e
+            for e in train_examples
+            if len(data.encode_prompt(tokenizer, e.prompt, cfg.thinking)) <= cfg.max_prompt
         ]
         if len(fits) < cfg.prompts:
             raise ConfigError(
                 f"{len(fits)} prompts of --data are within --max-prompt {cfg.max_prompt} tokens: too few for a step"
             )
         if not cfg.max_response:
-            longest = max(len(data.encode_anchor(tokenizer, e, cfg.thinking, 1 << 30)) for e in fits)
+            longest = max(
+                len(data.encode_anchor(tokenizer, e, cfg.thinking, 1 << 30)) for e in fits
+            )
             cfg = replace(cfg, max_response=-(-longest * 3 // 2 // 32) * 32)
         if main:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -851,8 +712,8 @@ def run(cfg: Config, out: Path, mesh: DeviceMesh, device: torch.device, examples
         train(state, warm)
         export(policy, source, out / "model", mesh.get_rank())
         if main:
-            evaluation.report(out)
-            evaluation.print_summary(out)
+            report(out)
+            print_summary(out)
             print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     finally:
         client.close()
@@ -901,12 +762,15 @@ def main(argv: list[str]) -> int:
         cfg, examples = plan[0]
         mesh, device = setup(cfg)
         run(cfg, Path(cfg.out), mesh, device, examples)
-    except (ConfigError, DataError, JudgeStop) as e:
+    except (ConfigError, DataError, ChatStop) as e:
         if rank == 0:
             print(f"\npolaris: {e}", file=sys.stderr)
-            if isinstance(e, JudgeStop) and (Path(cfg.out) / "config.json").exists():
-                print(f"Nothing is lost: go on with --out {cfg.out} --resume once the judge is back.", file=sys.stderr)
-        return 3 if isinstance(e, JudgeStop) else 2
+            if isinstance(e, ChatStop) and (Path(cfg.out) / "config.json").exists():
+                print(
+                    f"Nothing is lost: go on with --out {cfg.out} --resume once the judge is back.",
+                    file=sys.stderr,
+                )
+        return 3 if isinstance(e, ChatStop) else 2
     finally:
         dist.destroy_process_group()
     return 0

@@ -49,7 +49,9 @@ class Policy(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, targets: Tensor, coef: Tensor):
         """ids [B, T]; positions [N] of the trained tokens' predecessors in the flattened batch; targets, coef [N]."""
         hidden = self.lm.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-        hidden = hidden.flatten(0, 1)[positions]  # [N, H]: prompt and padding never meet the vocabulary
+        hidden = hidden.flatten(0, 1)[
+            positions
+        ]  # [N, H]: prompt and padding never meet the vocabulary
         return onpolicy_loss(hidden, self.lm.lm_head.weight, targets, coef)
 
 
@@ -68,7 +70,9 @@ def shard(policy: Policy, mesh: DeviceMesh, bf16: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def load_policy(path: Path, mesh: DeviceMesh, device: torch.device, recompute: bool) -> tuple[Policy, nn.Module]:
+def load_policy(
+    path: Path, mesh: DeviceMesh, device: torch.device, recompute: bool
+) -> tuple[Policy, nn.Module]:
     """The sharded fp32 policy and this rank's whole copy in compute precision, from one read of the checkpoint."""
     bf16 = device.type == "cuda"
     copy = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
@@ -89,6 +93,41 @@ def load_policy(path: Path, mesh: DeviceMesh, device: torch.device, recompute: b
     for p in copy.parameters():  # not copy.to(): that would round the rotary frequencies as well
         p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
     return policy.train(), copy.requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_weights(policy: nn.Module, copy: nn.Module) -> None:
+    """Write the policy's parameters and buffers into `copy`, in place (captured graphs stay valid), one at a time.
+
+    A parameter sharded by FSDP2 is cast to the copy's dtype first and gathered then: half the traffic of an fp32
+    master, and never more than one whole tensor beside the copy. Collective: every rank calls it. Raises ValueError
+    when names or shapes differ.
+    """
+    pairs = []
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(m, kind)(remove_duplicate=False)) for m in (policy, copy))
+        if odd := sorted(ours.keys() ^ theirs.keys()):
+            raise ValueError(
+                f"{len(odd)} {kind[6:]} are in one of policy and copy only, first {odd[0]}"
+            )
+        pairs += [(name, ours[name], theirs[name]) for name in ours]
+    written: dict[int, Tensor] = {}
+    for name, source, target in pairs:
+        if source.shape != target.shape:
+            raise ValueError(
+                f"{name} is {tuple(source.shape)} in the policy and {tuple(target.shape)} in the copy"
+            )
+        if (
+            id(target) in written
+        ):  # tied in the copy: one gather serves both names, if they are tied in the policy too
+            if written[id(target)] is not source:
+                raise ValueError(
+                    f"{name} is tied to another weight in the copy and is not in the policy"
+                )
+            continue
+        written[id(target)] = source
+        source = source.detach().to(target.dtype)
+        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
 
 
 def full_tensor(p: Tensor) -> Tensor:
@@ -121,7 +160,9 @@ def deal(lengths: list[int], world: int, micro_tokens: int) -> list[list[list[in
     return [batches + [[]] * (most - len(batches)) for batches in dealt]
 
 
-def collate(rows: list[tuple[list[int], list[int], float]], device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def collate(
+    rows: list[tuple[list[int], list[int], float]], device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(prompt, response, coefficient) rows → ids [B, T], positions [N], targets [N], coef [N] of their response tokens.
 
     EOS is trained like any other token, even where it doubles as padding: only response positions are ever picked.
@@ -222,7 +263,9 @@ def load(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None
     """Read a checkpoint of `save` into both, in place."""
     read = state(policy, optimizer)
     dcp.load(read, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    set_state_dict(
+        policy, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"]
+    )
 
 
 def export(policy: Policy, source: Path, out: Path, rank: int) -> None:
@@ -243,8 +286,12 @@ def export(policy: Policy, source: Path, out: Path, rank: int) -> None:
                 known = name if name in trained else name.replace("model.language_model.", "model.")
                 if known in trained:
                     written.add(known)
-                    full = full_tensor(trained[known])  # a collective: every rank takes part, in the same order
-                    tensors[name] = full.to("cpu", f.get_tensor(name).dtype).contiguous() if rank == 0 else None
+                    full = full_tensor(
+                        trained[known]
+                    )  # a collective: every rank takes part, in the same order
+                    tensors[name] = (
+                        full.to("cpu", f.get_tensor(name).dtype).contiguous() if rank == 0 else None
+                    )
                 elif rank == 0:
                     tensors[name] = f.get_tensor(name)
         if rank == 0:

@@ -21,7 +21,7 @@ same arithmetic for one token in fewer kernels, rounded where the model rounds.
 Full attention (any number of key heads) and linear attention are decoded; sliding windows are refused.
 
     rollouts = generate(model, prompts, seeds, Sampling(max_new_tokens=1024), eos=tokenizer.eos_token_id)
-    python tests/bench.py rollout      # tokens per second against the floor, beside transformers' generate
+    python bench.py rollout      # tokens per second against the floor, beside transformers' generate
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ from decode import FUSED, decoding
 # A GPU runs captured steps; every (rows, bucket) costs a capture and every look drains the queue: both are rare there.
 CAPTURE = {"cuda": True, "cpu": False}
 LOOK = {"cuda": 16, "cpu": 1}  # steps between two looks of the host at the new tokens
-BUCKET = {"cuda": 512, "cpu": 32}  # positions by which the part of the cache that attention reads grows
+BUCKET = {
+    "cuda": 512,
+    "cpu": 32,
+}  # positions by which the part of the cache that attention reads grows
 WARM_UP = 2  # eager steps before a capture: cuBLAS makes its work space, Triton tunes; real steps, nothing is wasted
 
 
@@ -60,10 +63,19 @@ class Sampling:
     max_new_tokens: int = 8192
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
-            raise ValueError(f"needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0: {self}")
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or self.top_k < 0
+            or self.repetition_penalty <= 0
+        ):
+            raise ValueError(
+                f"needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0: {self}"
+            )
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: there is nothing to generate")
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}: there is nothing to generate"
+            )
 
 
 @dataclass
@@ -79,7 +91,12 @@ class Rollout:
 
 def row_seed(seed: int, step: int, uid: str, k: int) -> int:
     """63-bit seed of rollout k of prompt `uid` at `step`: the same on every machine and in every Python."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, step, uid, k)).encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(repr((seed, step, uid, k)).encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -100,7 +117,9 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
     """Draw one token a row: logits [R, V], seen [R, V] bool (tokens to penalise), u [R, 1] in [0, 1) -> [R, 1]."""
     logits = logits.float()
     if s.repetition_penalty != 1:
-        penalised = torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty)
+        penalised = torch.where(
+            logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty
+        )
         logits = torch.where(seen, penalised, logits)
     if s.temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -108,7 +127,9 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
     top, token = logits.topk(min(s.top_k, vocab) or vocab)  # [R, k], likeliest first
     prob = (top / s.temperature).softmax(-1)
     cdf = prob.cumsum(-1)
-    kept = (cdf - prob < s.top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 for NaN logits only: `Decoder.finite` tells
+    kept = (
+        (cdf - prob < s.top_p).sum(-1, keepdim=True).clamp(min=1)
+    )  # 0 for NaN logits only: `Decoder.finite` tells
     mass = cdf.gather(-1, kept - 1)
     choice = (cdf <= u * mass).sum(-1, keepdim=True)
     return token.gather(-1, choice.minimum(kept - 1))  # minimum: u * mass may round up to mass
@@ -132,7 +153,9 @@ class _Slots(DynamicLayer):
         lane, at, bucket = self.decoder.lane, self.decoder.lane_pos, self.decoder.bucket
         self.keys[lane, at], self.values[lane, at] = key.flatten(0, 2), value.flatten(0, 2)
         shape = key.shape[:2]
-        return self.keys[:, :bucket].unflatten(0, shape), self.values[:, :bucket].unflatten(0, shape)
+        return self.keys[:, :bucket].unflatten(0, shape), self.values[:, :bucket].unflatten(
+            0, shape
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,7 +178,9 @@ def _warm_up(step: Callable[[], None]) -> None:
 def _capture(step: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
     """Record a step. `thread_local`: other threads, such as NCCL's watchdog, may touch CUDA meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=_side_stream(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(
+        graph, pool=pool, stream=_side_stream(), capture_error_mode="thread_local"
+    ):
         step()
     return graph
 
@@ -167,28 +192,50 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, rows: int, length: int, sampling: Sampling):
-        self.model = weakref.proxy(model)  # `_decoders` keeps a decoder while its model lives: no reference back
+        self.model = weakref.proxy(
+            model
+        )  # `_decoders` keeps a decoder while its model lives: no reference back
         self.rows, self.length, self.device = rows, length, model.device
         self.sampling = replace(sampling, max_new_tokens=length)  # the step knows no other limit
         self.weights = [p.data_ptr() for p in model.parameters()]  # what captured graphs read
         self.ids = torch.zeros(rows, length, dtype=torch.long, device=self.device)
-        self.noise = torch.zeros(rows, length, device=self.device)  # the u that draws the token of that position
-        self.seen = torch.zeros(rows, model.config.get_text_config().vocab_size, dtype=torch.bool, device=self.device)
+        self.noise = torch.zeros(
+            rows, length, device=self.device
+        )  # the u that draws the token of that position
+        self.seen = torch.zeros(
+            rows, model.config.get_text_config().vocab_size, dtype=torch.bool, device=self.device
+        )
         self.pos = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)  # so far, the largest logits
+        self.finite = torch.ones(
+            (), dtype=torch.bool, device=self.device
+        )  # so far, the largest logits
         self.slots = torch.arange(length, device=self.device)
-        self.states: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values, or convolution and recurrence
-        for layer in self.prefill([0]).layers:  # one token through the model tells every shape and dtype
+        self.states: list[
+            tuple[Tensor, Tensor]
+        ] = []  # per layer: keys and values, or convolution and recurrence
+        for layer in self.prefill(
+            [0]
+        ).layers:  # one token through the model tells every shape and dtype
             if type(layer) is DynamicLayer:
-                pair = [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in (layer.keys, layer.values)]
+                pair = [
+                    t.new_zeros(rows, t.shape[1], length, t.shape[3])
+                    for t in (layer.keys, layer.values)
+                ]
                 self.kv_heads, self.dtype = layer.keys.shape[1], layer.keys.dtype
             elif type(layer) is LinearAttentionLayer:
-                pair = [t.new_zeros(rows, *t.shape[1:]) for t in (layer.conv_states[0], layer.recurrent_states[0])]
+                pair = [
+                    t.new_zeros(rows, *t.shape[1:])
+                    for t in (layer.conv_states[0], layer.recurrent_states[0])
+                ]
             else:
-                raise ValueError(f"rollout.py decodes full and linear attention, and not a {type(layer).__name__}")
+                raise ValueError(
+                    f"rollout.py decodes full and linear attention, and not a {type(layer).__name__}"
+                )
             self.states.append(tuple(pair))
         self.lanes = torch.arange(rows * self.kv_heads, device=self.device)
-        self.caches: dict[int, DynamicCache] = {}  # rows -> a cache that reads and writes the first rows
+        self.caches: dict[
+            int, DynamicCache
+        ] = {}  # rows -> a cache that reads and writes the first rows
         self.warm: Counter[tuple[int, int]] = Counter()  # (rows, bucket) -> eager steps so far
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
@@ -217,7 +264,13 @@ class Decoder:
 
     def move(self, source: int, target: int) -> None:
         """Copy all that belongs to one row over another."""
-        for tensor in (self.ids, self.noise, self.seen, self.pos, *(t for pair in self.states for t in pair)):
+        for tensor in (
+            self.ids,
+            self.noise,
+            self.seen,
+            self.pos,
+            *(t for pair in self.states for t in pair),
+        ):
             tensor[target].copy_(tensor[source])
 
     def cache(self, rows: int) -> DynamicCache:
@@ -238,14 +291,22 @@ class Decoder:
         cache, pos, ids, seen = self.cache(rows), self.pos[:rows], self.ids[:rows], self.seen[:rows]
         at = pos[:, None]  # [R, 1], a view: it moves with pos
         # What `_Slots.update` needs; one lane per (row, key head).
-        self.bucket, self.lane, self.lane_pos = bucket, self.lanes[: rows * self.kv_heads], at.expand(-1, self.kv_heads)
+        self.bucket, self.lane, self.lane_pos = (
+            bucket,
+            self.lanes[: rows * self.kv_heads],
+            at.expand(-1, self.kv_heads),
+        )
         self.lane_pos = self.lane_pos.flatten()
         mask = torch.zeros(rows, 1, 1, bucket, dtype=self.dtype, device=self.device)
         mask.masked_fill_(self.slots[:bucket] > at[:, :, None, None], float("-inf"))
         if any(type(layer) is LinearAttentionLayer for layer in cache.layers):
             mask = {"full_attention": mask, "linear_attention": None}
         logits = self.model(
-            input_ids=ids.gather(1, at), position_ids=at, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=ids.gather(1, at),
+            position_ids=at,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
         ).logits[:, -1]  # [R, V]
         self.finite.logical_and_(logits.amax(-1).isfinite().all())
         pos.add_(1)
@@ -317,7 +378,9 @@ def generate(
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, and there are {len(seeds)}")
     if [] in prompts:
-        raise ValueError(f"prompt {prompts.index([])} is empty: give it at least one token to continue")
+        raise ValueError(
+            f"prompt {prompts.index([])} is empty: give it at least one token to continue"
+        )
     if not prompts:
         return []
     stop = {eos} if isinstance(eos, int) else set(eos)
@@ -338,7 +401,9 @@ def generate(
                     r = places[row] = waiting.popleft()
                     prompt = tuple(prompts[r.row])
                     if prompt not in prefilled:
-                        prefilled[prompt] = d.prefill(prompts[r.row][:-1]) if len(prompt) > 1 else None
+                        prefilled[prompt] = (
+                            d.prefill(prompts[r.row][:-1]) if len(prompt) > 1 else None
+                        )
                     d.admit(row, prompts[r.row], prefilled[prompt], seeds[r.row])
                     unplaced[prompt] -= 1
                     if not unplaced[prompt]:
@@ -372,18 +437,26 @@ def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
     return places[:rows]
 
 
-def _advance(d: Decoder, places: list[Rollout | None], prompts, limit: int, stop: set[int], progress) -> list[Rollout]:
+def _advance(
+    d: Decoder, places: list[Rollout | None], prompts, limit: int, stop: set[int], progress
+) -> list[Rollout]:
     """Decode up to the next look; empty the places of the rows that ended, and return those."""
     live = [r for r in places if r is not None]
     rows, bucket = len(places), BUCKET[d.device.type]
     steps = min(LOOK[d.device.type], limit - max(len(r.ids) for r in live))
-    filled = max(len(prompts[r.row]) + len(r.ids) for r in live)  # positions that the longest row reads
+    filled = max(
+        len(prompts[r.row]) + len(r.ids) for r in live
+    )  # positions that the longest row reads
     for i in range(steps):
         d.run(rows, -(-(filled + i) // bucket) * bucket)
     back = torch.arange(1 - steps, 1, device=d.device)
-    new = d.ids[:rows].gather(1, d.pos[:rows, None] + back).tolist()  # the only place that waits for the device
+    new = (
+        d.ids[:rows].gather(1, d.pos[:rows, None] + back).tolist()
+    )  # the only place that waits for the device
     if not d.finite:
-        raise FloatingPointError("the model's logits are not finite: its weights or its inputs are broken")
+        raise FloatingPointError(
+            "the model's logits are not finite: its weights or its inputs are broken"
+        )
     ended, n_new = [], 0
     for row, r in enumerate(places):
         if r is None:
@@ -403,46 +476,28 @@ def _advance(d: Decoder, places: list[Rollout | None], prompts, limit: int, stop
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The policy's weights in the copy that decodes
-
-
-@torch.no_grad()
-def copy_weights(policy: nn.Module, copy: nn.Module) -> None:
-    """Write the policy's parameters and buffers into `copy`, in place (captured graphs stay valid), one at a time.
-
-    A parameter sharded by FSDP2 is cast to the copy's dtype first and gathered then: half the traffic of an fp32
-    master, and never more than one whole tensor beside the copy. Collective: every rank calls it. Raises ValueError
-    when names or shapes differ.
-    """
-    pairs = []
-    for kind in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(m, kind)(remove_duplicate=False)) for m in (policy, copy))
-        if odd := sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"{len(odd)} {kind[6:]} are in one of policy and copy only, first {odd[0]}")
-        pairs += [(name, ours[name], theirs[name]) for name in ours]
-    written: dict[int, Tensor] = {}
-    for name, source, target in pairs:
-        if source.shape != target.shape:
-            raise ValueError(f"{name} is {tuple(source.shape)} in the policy and {tuple(target.shape)} in the copy")
-        if id(target) in written:  # tied in the copy: one gather serves both names, if they are tied in the policy too
-            if written[id(target)] is not source:
-                raise ValueError(f"{name} is tied to another weight in the copy and is not in the policy")
-            continue
-        written[id(target)] = source
-        source = source.detach().to(target.dtype)
-        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+# What runs underneath
 
 
 def kernels(model: nn.Module) -> str:
     """One line: which kernels train and prefill this model, and what a slow fallback among them costs."""
     line = f"attention: {model.config.get_text_config(decoder=True)._attn_implementation}"
     code = sys.modules[type(model).__module__]
-    for name, function in (("delta rule", "torch_chunk_gated_delta_rule"), ("convolution", "causal_conv1d_fn")):
+    for name, function in (
+        ("delta rule", "torch_chunk_gated_delta_rule"),
+        ("convolution", "causal_conv1d_fn"),
+    ):
         if hasattr(code, function):
             # transformers wraps the reference and keeps what it really calls in the closure
             wrapper = getattr(code, function)
-            used = inspect.getclosurevars(wrapper).nonlocals.get("implementation", wrapper).__module__.split(".")[0]
+            used = (
+                inspect.getclosurevars(wrapper)
+                .nonlocals.get("implementation", wrapper)
+                .__module__.split(".")[0]
+            )
             line += f"; {name}: {used if used != 'transformers' else 'torch fallback'}"
     if "torch fallback" in line and model.device.type == "cuda":
         line += " (slow: it can take half of a Qwen3.5-9B update; pip install flash-linear-attention causal-conv1d)"
-    return f"{line}; decoding: decode.py's own, in {'Triton' if FUSED[model.device.type] else 'torch'}"
+    return (
+        f"{line}; decoding: decode.py's own, in {'Triton' if FUSED[model.device.type] else 'torch'}"
+    )

@@ -50,8 +50,28 @@ TITLES = [
     "Three Black Hens",
     "Sorrow",
 ]
-SUBJECTS = ["he", "she", "they", "the miller", "the widow", "an old sailor", "her brother", "the doctor", "the clerk"]
-VERBS = ["saw", "told", "asked", "followed", "had met", "was afraid of", "remembered", "forgot", "left"]
+SUBJECTS = [
+    "he",
+    "she",
+    "they",
+    "the miller",
+    "the widow",
+    "an old sailor",
+    "her brother",
+    "the doctor",
+    "the clerk",
+]
+VERBS = [
+    "saw",
+    "told",
+    "asked",
+    "followed",
+    "had met",
+    "was afraid of",
+    "remembered",
+    "forgot",
+    "left",
+]
 OBJECTS = ["the grey horse", "a stranger", "the letters", "the house", "that winter"]
 ENDS = [
     "before the rain came",
@@ -60,15 +80,19 @@ ENDS = [
     "for the second time",
     "in the morning",
 ]
-VERSE = ["O bring the lamp, the night is long,", "And bring the bread and wine;", "I lost my way, I lost my song,"]
+VERSE = [
+    "O bring the lamp, the night is long,",
+    "And bring the bread and wine;",
+    "I lost my way, I lost my song,",
+]
 
 
 def sentence(rng):
     syllables = ["bar", "den", "lo", "mi", "ras", "tok", "vel", "wyn", "shu", "ger"]
-    first, second = ("".join(rng.choices(syllables, k=3)).title() for _ in range(2))  # no two sentences are alike
-    text = (
-        f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
-    )
+    first, second = (
+        "".join(rng.choices(syllables, k=3)).title() for _ in range(2)
+    )  # no two sentences are alike
+    text = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
     return text[0].upper() + text[1:]
 
 
@@ -135,14 +159,25 @@ STYLES = {
 }  # fmt: skip
 
 
-def anthology(style, seed=0, width=72, words=400, title="Night Pieces", author="Jane Doe", front="", decorate=body):
+def anthology(
+    style,
+    seed=0,
+    width=72,
+    words=400,
+    title="Night Pieces",
+    author="Jane Doe",
+    front="",
+    decorate=body,
+):
     """-> (text of the book, [(title, paragraphs)]). decorate: paragraphs -> text under the heading."""
     entry, heading = STYLES[style]
     truth = stories(seed, words)
     names = {"title": title, "author": author, "upper": title.upper()}
     text = HEADER.format(**names)
     if entry:
-        text += "CONTENTS\n\n" + "\n".join(entry(i, t) for i, (t, _) in enumerate(truth)) + "\n\n\n\n"
+        text += (
+            "CONTENTS\n\n" + "\n".join(entry(i, t) for i, (t, _) in enumerate(truth)) + "\n\n\n\n"
+        )
     text += front
     for i, (name, parts) in enumerate(truth):
         text += f"\n\n\n{heading(i, name)}\n\n\n{decorate(parts, width)}\n\n\n"

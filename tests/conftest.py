@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def mini_model(tmp_path_factory):
     """A random miniature with its tokenizer: (directory, examples)."""
-    import mini
+    import mini.world as mini
 
     examples = mini.fables(200, seed=0)
     path = tmp_path_factory.mktemp("mini") / "start"

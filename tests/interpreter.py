@@ -8,7 +8,11 @@ import sys
 def run(file: str, cases: str) -> None:
     """Run a test file's `cases` (pytest's -k) in the interpreter, in a process of their own; none may be skipped."""
     command = [sys.executable, "-m", "pytest", file, "-q", "-k", cases, "-p", "no:cacheprovider"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
 
@@ -29,7 +33,11 @@ def mend() -> None:
         return convert(x, source, target, rounding)
 
     def wide(x):
-        return convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype == tl.bfloat16 else x.data
+        return (
+            convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+            if x.dtype == tl.bfloat16
+            else x.data
+        )
 
     def dot(self, a, b, sums, *_):
         product = np.matmul(wide(a), wide(b), dtype=sums.data.dtype)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from books import Story, author_key, key, kind_of, read_text, split_book
+from corpus.books import Story, author_key, key, kind_of, read_text, split_book
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -38,7 +38,9 @@ def row(**changes):
 
 
 def write_rows(path, *rows):
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -53,7 +55,10 @@ BAD_LINES = {
     "wrong type": (row(uid="b", story=["x"]), ['"story" must be text']),
     "null": (row(uid="b", prompt=None), ['"prompt" must be text']),
     "think in the story": (row(uid="b", story="Once <think> upon."), ["<think>", "remove it"]),
-    "end of turn in the prompt": (row(uid="b", prompt="Hm <|im_end|> 99 words long"), ["<|im_end|>"]),
+    "end of turn in the prompt": (
+        row(uid="b", prompt="Hm <|im_end|> 99 words long"),
+        ["<|im_end|>"],
+    ),
     "empty story": (row(uid="b", story=" \n"), ['"story" is empty']),
     "same uid": (row(), ['"a"', "line 1", "unique"]),
     "no length": (row(uid="b", prompt="A ghost."), ["no length", "words long", "target_words"]),
@@ -93,13 +98,20 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_load(tmp_path):
     path = write_rows(
-        tmp_path / "x.jsonl", row(), row(uid="b", prompt="A ghost.", target_words=700, story=...), row(uid="c")
+        tmp_path / "x.jsonl",
+        row(),
+        row(uid="b", prompt="A ghost.", target_words=700, story=...),
+        row(uid="c"),
     )
     assert [e.target_words for e in data.load(path, anchors=False)] == [1500, 700, 1500]
     with pytest.raises(data.DataError, match=":2:.*story"):
         data.load(path)
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row(source="x")).encode())  # a byte order mark is no content
-    assert data.load(path, thinking=True) == [data.Example("a", row()["prompt"], 1500, "It was.", "Plan.", "x")]
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(row(source="x")).encode()
+    )  # a byte order mark is no content
+    assert data.load(path, thinking=True) == [
+        data.Example("a", row()["prompt"], 1500, "It was.", "Plan.", "x")
+    ]
 
 
 def make(n):
@@ -108,20 +120,39 @@ def make(n):
 
 @examples
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 11), st.integers(0, 9))
-def test_no_epoch_sees_an_example_twice_and_each_sees_all_but_the_last_few(n, per_epoch, left, seed):
+def test_no_epoch_sees_an_example_twice_and_each_sees_all_but_the_last_few(
+    n, per_epoch, left, seed
+):
     items = make(n * per_epoch + left % n)
     steps = [data.step_examples(items, seed, s, n) for s in range(1, 3 * per_epoch + 1)]
     assert all(len(chosen) == n for chosen in steps)
     for epoch in range(3):
-        seen = [e.uid for chosen in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for e in chosen]
+        seen = [
+            e.uid for chosen in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for e in chosen
+        ]
         assert len(set(seen)) == len(seen) == n * per_epoch
-    assert data.step_examples(items[::-1], seed, 1, n) == steps[0]  # the order of the file does not matter
+    assert (
+        data.step_examples(items[::-1], seed, 1, n) == steps[0]
+    )  # the order of the file does not matter
 
 
 def test_order_of_examples_is_fixed_for_good_and_fresh_each_epoch():
     items = make(8)
-    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == ["e5", "e7", "e6", "e2", "e1", "e4", "e3", "e0"]
-    orders = {tuple(e.uid for e in data.step_examples(items, seed, step, 8)) for seed in (1, 2) for step in (1, 2, 3)}
+    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == [
+        "e5",
+        "e7",
+        "e6",
+        "e2",
+        "e1",
+        "e4",
+        "e3",
+        "e0",
+    ]
+    orders = {
+        tuple(e.uid for e in data.step_examples(items, seed, step, 8))
+        for seed in (1, 2)
+        for step in (1, 2, 3)
+    }
     assert len(orders) == 6
 
 
@@ -140,7 +171,10 @@ TEMPLATES = {  # what follows in the generation prompt, with thinking on and off
     + "{%- if enable_thinking %}{{- '<think>\\n' }}{%- else %}"
     + EMPTY_BLOCK
     + "{%- endif %}{%- endif %}",
-    "does not open": TURNS + "{%- if not enable_thinking %}" + EMPTY_BLOCK + "{%- endif %}{%- endif %}",
+    "does not open": TURNS
+    + "{%- if not enable_thinking %}"
+    + EMPTY_BLOCK
+    + "{%- endif %}{%- endif %}",
     "never thinks": TURNS + "{%- endif %}",
     "always opens": TURNS + "{{- '<think>\\n' }}{%- endif %}",
 }
@@ -152,19 +186,33 @@ def tokenizer(request):
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = ["".join(t[0]) for t in anthologies.TITLES] + [anthologies.anthology("capitals")[0]]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    bpe.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    bpe.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    bpe.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
+    bpe.add_tokens(
+        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+    )
     result = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
     empty = "true" if request.param in ("opens", "does not open") else "false"
-    result.chat_template, result.kind = TEMPLATES[request.param].replace("EMPTY", empty), request.param
+    result.chat_template, result.kind = (
+        TEMPLATES[request.param].replace("EMPTY", empty),
+        request.param,
+    )
     return result
 
 
-EXAMPLE = data.Example("a", "Write about a lamp.", 100, "\nThe lamp\n\nwas out.\n", " First a lamp.\nThen none. ")
+EXAMPLE = data.Example(
+    "a", "Write about a lamp.", 100, "\nThe lamp\n\nwas out.\n", " First a lamp.\nThen none. "
+)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -178,11 +226,17 @@ def test_anchor_is_what_the_template_writes(tokenizer, thinking):
     answer = {"role": "assistant", "content": EXAMPLE.story.strip()}
     answer |= {"reasoning_content": EXAMPLE.reasoning.strip()} if thinking else {}
     whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": EXAMPLE.prompt}, answer], tokenize=False, enable_thinking=thinking
+        [{"role": "user", "content": EXAMPLE.prompt}, answer],
+        tokenize=False,
+        enable_thinking=thinking,
     )
     text = tokenizer.decode(prompt + response)
     assert text + "\n" == whole
-    assert text.count("<think>") == text.count("</think>") == (thinking or tokenizer.kind in ("opens", "does not open"))
+    assert (
+        text.count("<think>")
+        == text.count("</think>")
+        == (thinking or tokenizer.kind in ("opens", "does not open"))
+    )
     assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
     if thinking:
         assert "\n</think>\n\nThe lamp" in text
@@ -202,8 +256,21 @@ def test_check_counts_tokens(tokenizer, tmp_path, capsys):
     if tokenizer.kind == "opens":
         tokenizer.save_pretrained(tmp_path / "tok")
         path = write_rows(tmp_path / "x.jsonl", row(), row(uid="b", story="word " * 400))
-        data.main(["check", str(path), "--thinking", "--tokenizer", str(tmp_path / "tok"), "--max-response", "300"])
-        assert "50.0% fit 300" in (printed := capsys.readouterr().out) and "2 good examples, 0 bad lines" in printed
+        data.main(
+            [
+                "check",
+                str(path),
+                "--thinking",
+                "--tokenizer",
+                str(tmp_path / "tok"),
+                "--max-response",
+                "300",
+            ]
+        )
+        assert (
+            "50.0% fit 300" in (printed := capsys.readouterr().out)
+            and "2 good examples, 0 bad lines" in printed
+        )
 
 
 def test_split_response():
@@ -246,7 +313,9 @@ POEM = "\n".join(f"     {line}" for line in anthologies.VERSE)
 NOT_PROSE = {
     "epigraph": around(f"{POEM}\n                    --_Old Song._\n\n\n"),
     "prose epigraph": around('    "Who is the happy man?"\n\n                 Munichandra.\n\n\n'),
-    "byline and source": around("BY ANN AUTHOR\n\n[From _Tales of the Times_ (1839), by Ann Author.]\n\n"),
+    "byline and source": around(
+        "BY ANN AUTHOR\n\n[From _Tales of the Times_ (1839), by Ann Author.]\n\n"
+    ),
     "first section": around("\nI\n\n\n"),
     "illustration": around("[Illustration: A lamp,\nand a man [in black] beside it.]\n\n"),
     "footnote block": around("[Footnote: Copyright, 1891, by MACMILLAN\n& CO.]\n\n\n"),
@@ -257,14 +326,20 @@ NOT_PROSE = {
         "This one is from the second, and the best of them.\n\n\n\n"
     ),
     "note with a star": around(tail="\n\n     [*] An old word."),
-    "where it appeared": around(tail="\n\nThis story appeared in _The Argosy_ of May 17, 1889, under another name."),
+    "where it appeared": around(
+        tail="\n\nThis story appeared in _The Argosy_ of May 17, 1889, under another name."
+    ),
     "poem with a heading": around(tail=f"\n\n\nThe Song of the Mill\n\n{POEM}\n\n{POEM}"),
     "ornament": around(tail="\n\n[Decoration]\n\n  *       *       *"),
-    "notes at the end": around(tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."),
+    "notes at the end": around(
+        tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."
+    ),
     "next volume": around(
         tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n      Translated by\n      A. B. Clark and Others"
     ),
-    "printer": around(tail="\n\n          _Printed by_\n     MORRISON & GIBB LIMITED\n          _Edinburgh_"),
+    "printer": around(
+        tail="\n\n          _Printed by_\n     MORRISON & GIBB LIMITED\n          _Edinburgh_"
+    ),
     "the end": around(tail="\n\n\nTHE END\n\n* * * * *\n\nPrinted by BLACK & CO.\nEdinburgh"),
 }
 
@@ -282,8 +357,14 @@ def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
         ("II", "II"),
         ("* * * * *", "***"),
         ("All slept.\n  *   *   *   *\nAll woke.", "All slept.\n\n***\n\nAll woke."),
-        ("The B[=a]n[s]hee [oe] sang,[Pg 12] and (*2) [* A spirit.] went.", "The Ban[s]hee oe sang, and went."),
-        ("“It’s _her_ lamp,”[1] he said--and stopped.*", '"It\'s her lamp," he said\u2014and stopped.'),
+        (
+            "The B[=a]n[s]hee [oe] sang,[Pg 12] and (*2) [* A spirit.] went.",
+            "The Ban[s]hee oe sang, and went.",
+        ),
+        (
+            "“It’s _her_ lamp,”[1] he said--and stopped.*",
+            '"It\'s her lamp," he said\u2014and stopped.',
+        ),
         (POEM, "\n".join(anthologies.VERSE)),
         ("FOOTNOTES:", ""),
         ("[1] A note.", ""),
@@ -297,21 +378,32 @@ def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
 
     def decorate(parts, width):
         text = anthologies.body(parts, width)
-        return "\n\n\n".join(["I", text, *(typed for typed, _ in end)]) if parts == truth[1][1] else text
+        return (
+            "\n\n\n".join(["I", text, *(typed for typed, _ in end)])
+            if parts == truth[1][1]
+            else text
+        )
 
     expected = truth_of(truth)
-    expected[1] = (expected[1][0], "\n\n".join([expected[1][1], *(clean for _, clean in end if clean)]))
+    expected[1] = (
+        expected[1][0],
+        "\n\n".join([expected[1][1], *(clean for _, clean in end if clean)]),
+    )
     assert found(anthologies.anthology(style, decorate=decorate)[0]) == expected
 
 
 def test_front_and_back_matter_is_no_story():
     front = (
-        "\n\n\nPREFACE\n\n\n" + anthologies.body(anthologies.paragraphs(__import__("random").Random(5), 300)) + "\n\n\n"
+        "\n\n\nPREFACE\n\n\n"
+        + anthologies.body(anthologies.paragraphs(__import__("random").Random(5), 300))
+        + "\n\n\n"
     )
     text, truth = anthologies.anthology("capitals", front=front)
     text = text.replace("CONTENTS\n\n", "CONTENTS\n\n     Preface\n").replace(
         "\n\n\n\nEnd of the Project",
-        "\n\n\nAPPENDIX\n\n" + "\n\n".join(f"{t}\n\n  Note on it." for t, _ in truth) + "\n\nEnd of the Project",
+        "\n\n\nAPPENDIX\n\n"
+        + "\n\n".join(f"{t}\n\n  Note on it." for t, _ in truth)
+        + "\n\nEnd of the Project",
     )
     assert found(text) == truth_of(truth)
 
@@ -320,7 +412,9 @@ def test_chapters_that_a_list_names_belong_to_their_story():
     text, truth = anthologies.anthology("capitals", words=800)
     name, parts = truth[2]
     half, upper = len(parts) // 2, name.upper()
-    text = text.replace(f"     {name}\n", f"     {name}:\n          I. The Road\n         II. The Inn\n")
+    text = text.replace(
+        f"     {name}\n", f"     {name}:\n          I. The Road\n         II. The Inn\n"
+    )
     first, second = anthologies.body(parts[:half]), anthologies.body(parts[half:])
     split = f"{upper}\n\n\nI.\n\nTHE ROAD\n\n\n{first}\n\n\n\nII.\n\nTHE INN\n\n\n{second}"
     text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
@@ -334,7 +428,9 @@ def test_chapters_that_a_list_names_under_every_story_belong_to_it():
     for name, parts in truth:
         upper, half = name.upper(), len(parts) // 2
         chapters = f"CHAPTER I. BEFORE {upper}", f"CHAPTER II. AFTER {upper}"
-        text = text.replace(f"     {name}\n", f"     {name}\n        {chapters[0]}\n        {chapters[1]}\n")
+        text = text.replace(
+            f"     {name}\n", f"     {name}\n        {chapters[0]}\n        {chapters[1]}\n"
+        )
         first, second = anthologies.body(parts[:half]), anthologies.body(parts[half:])
         split = f"{upper}\n\n\n{chapters[0]}\n\n\n{first}\n\n\n\n{chapters[1]}\n\n\n{second}"
         text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
@@ -345,9 +441,13 @@ def test_volumes_with_a_list_each():
     first, truth = anthologies.anthology("page numbers", 1)
     second, more = anthologies.anthology("numbered", 2, title="More Night Pieces")
     for name, _ in more:
-        second = second.replace(name, f"{name} Again").replace(name.upper(), f"{name.upper()} AGAIN")
+        second = second.replace(name, f"{name} Again").replace(
+            name.upper(), f"{name.upper()} AGAIN"
+        )
     more = [(f"{name} Again", parts) for name, parts in more]
-    volumes = [text.split("*** END")[0].split("*** START")[1].split("\n", 1)[1] for text in (first, second)]
+    volumes = [
+        text.split("*** END")[0].split("*** START")[1].split("\n", 1)[1] for text in (first, second)
+    ]
     volumes = [re.sub(r"\n+End of the Project.*\n", "", text) for text in volumes]
     assert found("\n\n\n\n".join(volumes)) == truth_of(truth) + truth_of(more)
 
@@ -357,14 +457,23 @@ def test_a_heading_that_the_list_forgets_and_a_catalogue_with_a_list_of_its_own(
     text = text.replace(f"     {truth[2][0]}\n", "")
     assert found(text) == truth_of(truth)
     subjects = ["Poetry", "History", "Travel", "Sermons"]
-    catalogue = "\n".join(subjects) + "\n\n\n" + "".join(f"\n\n\n{s.upper()}\n\nA book, 2s. 6d.\n" for s in subjects)
+    catalogue = (
+        "\n".join(subjects)
+        + "\n\n\n"
+        + "".join(f"\n\n\n{s.upper()}\n\nA book, 2s. 6d.\n" for s in subjects)
+    )
     end = "\n\n\n\nTHE END\n\n\n\nA LIST OF NEW BOOKS\n\n\nCONTENTS\n\n" + catalogue
-    assert found(text.replace("\n\n\n\nEnd of the Project", end + "\n\n\n\nEnd of the Project")) == truth_of(truth)
+    assert found(
+        text.replace("\n\n\n\nEnd of the Project", end + "\n\n\n\nEnd of the Project")
+    ) == truth_of(truth)
 
 
 def test_paragraphs_without_blank_lines_between():
     text, truth = anthologies.anthology(
-        "capitals", decorate=lambda parts, width: "\n".join("    " + anthologies.fill(part, width) for part in parts)
+        "capitals",
+        decorate=lambda parts, width: "\n".join(
+            "    " + anthologies.fill(part, width) for part in parts
+        ),
     )
     assert found(text) == truth_of(truth)
 
@@ -372,12 +481,19 @@ def test_paragraphs_without_blank_lines_between():
 REAL = Path(__file__).parents[2] / "shared/anthologies"
 
 
-@pytest.mark.skipif(not (REAL / "gold_toc.json").exists(), reason="needs real books with a list of contents by hand")
+@pytest.mark.skipif(
+    not (REAL / "gold_toc.json").exists(), reason="needs real books with a list of contents by hand"
+)
 def test_real_books_are_split_as_their_contents_were_listed_by_hand():
     for book, gold in json.loads((REAL / "gold_toc.json").read_text("utf-8")).items():
         stories = split_book(read_text(REAL / f"{book}.txt"))[1]
-        starts = [key(re.sub("_|--|\u2014", " ", text)).split()[:4] for text in (s.text for s in stories)]
-        assert starts == [key(re.sub("_|--|\u2014", " ", truth["first6"])).split()[:4] for truth in gold["stories"]]
+        starts = [
+            key(re.sub("_|--|\u2014", " ", text)).split()[:4] for text in (s.text for s in stories)
+        ]
+        assert starts == [
+            key(re.sub("_|--|\u2014", " ", truth["first6"])).split()[:4]
+            for truth in gold["stories"]
+        ]
         for story, truth in zip(stories, gold["stories"], strict=True):
             assert abs(len(story.text.split()) / truth["words_body"] - 1) < 0.003
             others = {key(other.title) for other in stories} - {key(story.title)}
@@ -387,9 +503,18 @@ def test_real_books_are_split_as_their_contents_were_listed_by_hand():
 def test_no_gutenberg_text_survives_any_marker_spelling():
     text, truth = anthologies.anthology("capitals")
     for start, end in (
-        ("***START OF THE PROJECT GUTENBERG EBOOK X***", "***END OF THE PROJECT GUTENBERG EBOOK X***"),
-        ("*** START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE ***", "End of Project Gutenberg's X, by Y"),
-        ("*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*", "End of the Project Gutenberg Etext of X"),
+        (
+            "***START OF THE PROJECT GUTENBERG EBOOK X***",
+            "***END OF THE PROJECT GUTENBERG EBOOK X***",
+        ),
+        (
+            "*** START OF THIS PROJECT GUTENBERG EBOOK A LONG\nTITLE ***",
+            "End of Project Gutenberg's X, by Y",
+        ),
+        (
+            "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*",
+            "End of the Project Gutenberg Etext of X",
+        ),
     ):
         new = re.sub(r"\*\*\* START.*", start, text)
         new = re.sub(r"End of the Project(?:.|\n)*", f"{end}\n\nGutenberg licence text\n", new)
@@ -401,7 +526,16 @@ def test_no_gutenberg_text_survives_any_marker_spelling():
 
 def build(tmp_path, *arguments, name="train.jsonl"):
     data.main(
-        ["build", *map(str, arguments), "--out", str(tmp_path / name), "--min-words", "300", "--max-words", "600"]
+        [
+            "build",
+            *map(str, arguments),
+            "--out",
+            str(tmp_path / name),
+            "--min-words",
+            "300",
+            "--max-words",
+            "600",
+        ]
     )
     return data.load(tmp_path / name)
 
@@ -411,7 +545,9 @@ def books(tmp_path):
     paths = []
     for i, style in enumerate(["capitals", "dot leaders", "no list, numbered", "italics"]):
         paths.append(tmp_path / f"book{i}.txt")
-        text, _ = anthologies.anthology(style, seed=i, title=f"Volume {i}", author=f"Author {'ABCA'[i]}")
+        text, _ = anthologies.anthology(
+            style, seed=i, title=f"Volume {i}", author=f"Author {'ABCA'[i]}"
+        )
         paths[-1].write_text(text, encoding="utf-8")
     return paths
 
@@ -421,7 +557,10 @@ def test_build_writes_examples_a_card_and_the_same_bytes_again(tmp_path, books, 
     assert len(first) == 24 and len({e.uid for e in first}) == 24
     for e in first:
         assert abs(e.target_words / len(e.story.split()) - 1) < 0.06 and e.target_words % 10 == 0
-        assert e.prompt.endswith(f"The story should be {e.target_words} words long.") and "template" in e.source
+        assert (
+            e.prompt.endswith(f"The story should be {e.target_words} words long.")
+            and "template" in e.source
+        )
     assert "Three Black Hens" in first[4].prompt
     printed = capsys.readouterr()
     assert "Volume 2" in printed.out + printed.err and "24 stories kept" in printed.out
@@ -429,11 +568,16 @@ def test_build_writes_examples_a_card_and_the_same_bytes_again(tmp_path, books, 
     assert "| book1.txt | Volume 1 | Author B | 6 | 6 |" in card and "public domain" in card
     before = (tmp_path / "train.jsonl").read_bytes(), card
     build(tmp_path, *books)
-    assert before == ((tmp_path / "train.jsonl").read_bytes(), (tmp_path / "train.card.md").read_text("utf-8"))
+    assert before == (
+        (tmp_path / "train.jsonl").read_bytes(),
+        (tmp_path / "train.card.md").read_text("utf-8"),
+    )
 
 
 def test_near_duplicates_across_books_go(tmp_path, books, capsys):
-    text, truth = anthologies.anthology("byline", seed=1, width=60, title="Another", author="Various")
+    text, truth = anthologies.anthology(
+        "byline", seed=1, width=60, title="Another", author="Various"
+    )
     words = text.split("A DEBT OF HONOUR")[-1]
     text = text.replace(
         words, words.replace("rain", "snow").replace("lantern", "candle")
@@ -449,14 +593,21 @@ def test_split_by_author_with_length_buckets(tmp_path, books):
     test = data.load(tmp_path / "test.jsonl", anchors=False)
     authors = [{e.source.split(" | ")[1] for e in part} for part in (train, test)]
     assert not authors[0] & authors[1] and len(train) + len(test) == 24 and len(test) == 6
-    assert [sum(low <= e.target_words < high for e in test) for low, high in data.BUCKETS] == [1] * 6
+    assert [sum(low <= e.target_words < high for e in test) for low, high in data.BUCKETS] == [
+        1
+    ] * 6
     assert all(not e.story and e.prompt.endswith(f"{e.target_words} words long.") for e in test)
 
 
 def test_one_author_in_several_spellings_is_one():
     same = ["Anton Chekhov", "ANTON P. CHEKHOV", "Chekhov", "Anton Chekhov (tr. Constance Garnett)"]
     assert {author_key(name) for name in same} == {"chekhov"}
-    assert author_key("Various") == author_key("Various; J. L. French (editor)".split(";")[0]) == author_key("") == ""
+    assert (
+        author_key("Various")
+        == author_key("Various; J. L. French (editor)".split(";")[0])
+        == author_key("")
+        == ""
+    )
 
 
 def test_kinds_that_are_no_stories(tmp_path):
@@ -466,15 +617,31 @@ def test_kinds_that_are_no_stories(tmp_path):
     prose = "\n\n".join(anthologies.stories(0)[0][1])
     assert kind(prose) == ""
     assert kind(prose, language="French") == "not English"
-    assert kind("Es war einmal ein alter Mann, der hatte drei Kinder und ein Pferd. " * 30) == "not English"
-    assert kind("\n\n".join(["\n".join(anthologies.VERSE)] * 20)) == "verse"
-    assert kind("\n\n".join(["PETER: And where was he?", "ANN (aside): He was there, and I saw it."] * 20)) == "play"
     assert (
-        kind("The weight of the ant is to that of the stone as one is to two; such is the law of it. " * 30)
+        kind("Es war einmal ein alter Mann, der hatte drei Kinder und ein Pferd. " * 30)
+        == "not English"
+    )
+    assert kind("\n\n".join(["\n".join(anthologies.VERSE)] * 20)) == "verse"
+    assert (
+        kind(
+            "\n\n".join(
+                ["PETER: And where was he?", "ANN (aside): He was there, and I saw it."] * 20
+            )
+        )
+        == "play"
+    )
+    assert (
+        kind(
+            "The weight of the ant is to that of the stone as one is to two; such is the law of it. "
+            * 30
+        )
         == "essay or sketch"
     )
     assert kind("The 1901 27 15 33 and 1902 28 16 34 of it. " * 30) == "list or table"
-    assert kind_of(Story("JANE DOE: A Study", "", prose, 1), {"author": "Jane Doe"}) == "about the author"
+    assert (
+        kind_of(Story("JANE DOE: A Study", "", prose, 1), {"author": "Jane Doe"})
+        == "about the author"
+    )
 
 
 def novel():
@@ -497,7 +664,9 @@ def titled_novel():
 
 
 def poems():
-    text, _ = anthologies.anthology("capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 20))
+    text, _ = anthologies.anthology(
+        "capitals", decorate=lambda parts, width: "\n\n".join([POEM] * 20)
+    )
     return text
 
 
@@ -544,16 +713,23 @@ def test_old_encodings_that_say_so_are_read(tmp_path):
     )
     (tmp_path / "old.txt").write_bytes(text.replace("\n", "\r\n").encode("latin-1"))
     stories = build(tmp_path, tmp_path / "old.txt")
-    assert len(stories) == 6 and any("The fianc\xe9e" in e.story for e in stories) and "\r" not in stories[0].story
+    assert (
+        len(stories) == 6
+        and any("The fianc\xe9e" in e.story for e in stories)
+        and "\r" not in stories[0].story
+    )
 
 
 def test_epub(tmp_path):
     truth = anthologies.stories(9)
     page = "<html><head><title>x</title></head><body>{}</body></html>"
-    contents = page.format("<h2>Contents</h2>" + "".join(f"<p><a href='#'>{t}</a></p>" for t, _ in truth))
+    contents = page.format(
+        "<h2>Contents</h2>" + "".join(f"<p><a href='#'>{t}</a></p>" for t, _ in truth)
+    )
     with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
         book.writestr(
-            "META-INF/container.xml", '<container><rootfiles><rootfile full-path="O/p.opf"/></rootfiles></container>'
+            "META-INF/container.xml",
+            '<container><rootfiles><rootfile full-path="O/p.opf"/></rootfiles></container>',
         )
         ids = ["c", *(f"s{i}" for i in range(len(truth)))]
         items = "".join(f'<item id="{i}" href="{i}%20x.xhtml"/>' for i in ids)
@@ -567,7 +743,9 @@ def test_epub(tmp_path):
         )
         book.writestr("O/c x.xhtml", contents)
         for i, (title, parts) in enumerate(truth):
-            body = f"<h2>{title}</h2>" + "".join(f"<p>{p.replace('widow', '<i>widow</i>')}</p>" for p in parts)
+            body = f"<h2>{title}</h2>" + "".join(
+                f"<p>{p.replace('widow', '<i>widow</i>')}</p>" for p in parts
+            )
             book.writestr(f"O/s{i} x.xhtml", page.format(body))
     kept = build(tmp_path, tmp_path / "book.epub")
     assert [e.story for e in kept] == ["\n\n".join(parts) for _, parts in truth]
@@ -575,15 +753,43 @@ def test_epub(tmp_path):
 
 
 def test_prompts_only(tmp_path):
-    chat = {"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "A fox. 2,000 words long."}]}
+    chat = {
+        "prompt": [
+            {"role": "system", "content": "x"},
+            {"role": "user", "content": "A fox. 2,000 words long."},
+        ]
+    }
     for text in (json.dumps([chat, row()]), "\n".join(map(json.dumps, [chat, row()]))):
         (tmp_path / "p.json").write_text(text)
-        data.main(["build", str(tmp_path / "p.json"), "--prompts-only", "--out", str(tmp_path / "o.jsonl")])
-        assert [e.target_words for e in data.load(tmp_path / "o.jsonl", anchors=False)] == [2000, 1500]
-    for bad, message in (('{"x": 1}', "row 1 has no"), ('{"prompt": "A fox."}', "no length"), ("{", "broken JSON")):
+        data.main(
+            [
+                "build",
+                str(tmp_path / "p.json"),
+                "--prompts-only",
+                "--out",
+                str(tmp_path / "o.jsonl"),
+            ]
+        )
+        assert [e.target_words for e in data.load(tmp_path / "o.jsonl", anchors=False)] == [
+            2000,
+            1500,
+        ]
+    for bad, message in (
+        ('{"x": 1}', "row 1 has no"),
+        ('{"prompt": "A fox."}', "no length"),
+        ("{", "broken JSON"),
+    ):
         (tmp_path / "p.json").write_text(bad)
         with pytest.raises(SystemExit, match=message):
-            data.main(["build", str(tmp_path / "p.json"), "--prompts-only", "--out", str(tmp_path / "o.jsonl")])
+            data.main(
+                [
+                    "build",
+                    str(tmp_path / "p.json"),
+                    "--prompts-only",
+                    "--out",
+                    str(tmp_path / "o.jsonl"),
+                ]
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- local servers
@@ -616,7 +822,13 @@ class FakeLLM:
     """Answers assignments and plans; `faults` failures first; each kind of bad answer once per story."""
 
     def __init__(self, faults=0, bad=(), stop_after=10**9):
-        self.faults, self.bad, self.stop_after, self.paid, self.lock = faults, bad, stop_after, [], threading.Lock()
+        self.faults, self.bad, self.stop_after, self.paid, self.lock = (
+            faults,
+            bad,
+            stop_after,
+            [],
+            threading.Lock(),
+        )
 
     def __call__(self, path, body):
         messages = json.loads(body)["messages"]
@@ -631,15 +843,18 @@ class FakeLLM:
         if tries < len(self.bad):
             answer = self.bad[tries](messages[0]["content"])
         elif plan:
-            answer = " ".join(f"First I think of scene {i} and of what it must change for them." for i in range(12))
-        else:
-            answer = (
-                "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must "
+            answer = " ".join(
+                f"First I think of scene {i} and of what it must change for them."
+                for i in range(12)
             )
+        else:
+            answer = "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must "
             answer += "decide whom they trust."
         usage = {"prompt_tokens": 1000, "completion_tokens": 100}
         reply = {
-            "choices": [{"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
+            "choices": [
+                {"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
+            ],
             "usage": usage,
         }
         return 200, {"Content-Type": "application/json"}, json.dumps(reply).encode()
@@ -667,12 +882,20 @@ def llm_build(tmp_path, books, llm, *arguments, name="train.jsonl"):
     return data.load(tmp_path / name, thinking=True)
 
 
-def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(tmp_path, books, capsys):
+def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(
+    tmp_path, books, capsys
+):
     whole = FakeLLM(faults=3)
     made = llm_build(tmp_path, books[:2], whole, name="whole.jsonl")
     assert len(made) == 12 and len(whole.paid) == len(set(whole.paid)) == 24
-    assert all(e.prompt.endswith(f" The story should be {e.target_words} words long.") for e in made)
-    assert "24 calls" in (printed := capsys.readouterr().out) and "$0.02" in printed and "by m" in made[0].source
+    assert all(
+        e.prompt.endswith(f" The story should be {e.target_words} words long.") for e in made
+    )
+    assert (
+        "24 calls" in (printed := capsys.readouterr().out)
+        and "$0.02" in printed
+        and "by m" in made[0].source
+    )
 
     cut = FakeLLM(stop_after=11)
     with pytest.raises(SystemExit, match="credit is used up"):
@@ -693,7 +916,9 @@ def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(tmp_
 def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
     made, first, waiting, killed = FakeLLM(), FakeLLM(faults=2), [], threading.Event()
 
-    def stalls(path, body):  # after five answers: when all three workers wait, what was paid is on the disk
+    def stalls(
+        path, body
+    ):  # after five answers: when all three workers wait, what was paid is on the disk
         if len(first.paid) < 5:
             return first(path, body)
         waiting.append(path)
@@ -701,9 +926,20 @@ def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
         return 503, {}, b""
 
     server, url = serve(stalls)
-    llm = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m", "--llm-concurrency", "3"]
+    llm = [
+        "--prompts",
+        "llm",
+        "--llm-url",
+        f"{url}/v1",
+        "--llm-model",
+        "m",
+        "--llm-concurrency",
+        "3",
+    ]
     words = ["--min-words", "300", "--max-words", "600", "--out", str(tmp_path / "train.jsonl")]
-    process = subprocess.Popen([sys.executable, data.__file__, "build", str(books[0]), *words, *llm])
+    process = subprocess.Popen(
+        [sys.executable, data.__file__, "build", str(books[0]), *words, *llm]
+    )
     while len(waiting) < 3:
         assert process.poll() is None
         time.sleep(0.01)
@@ -725,7 +961,9 @@ def test_llm_dry_run_asks_nothing(tmp_path, books, capsys):
     llm = FakeLLM()
     with pytest.raises(data.DataError):  # there is no file to load
         llm_build(tmp_path, books[:1], llm, "--dry-run")
-    assert not llm.paid and "about 12 calls" in (printed := capsys.readouterr().out) and "$" in printed
+    assert (
+        not llm.paid and "about 12 calls" in (printed := capsys.readouterr().out) and "$" in printed
+    )
 
 
 def test_bad_answers_are_sent_back_with_the_reason_and_dropped_when_they_stay_bad(tmp_path, books):
@@ -746,21 +984,32 @@ def test_an_llm_that_is_not_there_stops_with_the_reason(tmp_path, books):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(SystemExit, match="(?s)got no answer.*run the same command again|is down"):
-        build(tmp_path, books[0], "--prompts", "llm", "--llm-url", url, "--llm-model", "m", "--llm-concurrency", "12")
+        build(
+            tmp_path,
+            books[0],
+            "--prompts",
+            "llm",
+            "--llm-url",
+            url,
+            "--llm-model",
+            "m",
+            "--llm-concurrency",
+            "12",
+        )
 
 
 def test_what_is_wrong_with_a_prompt():
-    story = (
-        "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
-    )
+    story = "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
     good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell of it."
     assert data.fault_of_prompt(good, story) == ""
     assert "names" in data.fault_of_prompt(good + " Call her Ann.", story)
-    assert "copies" in data.fault_of_prompt(good + " It is the very old grey horse behind the mill.", story)
-    assert "length" in data.fault_of_prompt(good + " Make it 900 words long.", story)
-    assert "words; write" in data.fault_of_prompt("A horse.", story) and "words; write" in data.fault_of_prompt(
-        good * 9, story
+    assert "copies" in data.fault_of_prompt(
+        good + " It is the very old grey horse behind the mill.", story
     )
+    assert "length" in data.fault_of_prompt(good + " Make it 900 words long.", story)
+    assert "words; write" in data.fault_of_prompt(
+        "A horse.", story
+    ) and "words; write" in data.fault_of_prompt(good * 9, story)
     assert "plain prose" in data.fault_of_prompt("# Prompt\n" + good, story)
     assert "plain prose" in data.fault_of_trace("<think> " + "I plan. " * 100, story)
 
@@ -781,11 +1030,21 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
         return 200, {}, f"The Project Gutenberg eBook\r\nof {book}\r\n".encode()
 
     server, url = serve(handler)
-    command = ["gutenberg", "--out", str(tmp_path / "books"), "--mirror", url + "/", "--pause", "0.01"]
+    command = [
+        "gutenberg",
+        "--out",
+        str(tmp_path / "books"),
+        "--mirror",
+        url + "/",
+        "--pause",
+        "0.01",
+    ]
     data.main([*command, "1", "2"])
     assert (tmp_path / "books/2.txt").read_text() == "The Project Gutenberg eBook\nof 2\n"
     assert asked == {"/cache/epub/1/pg1.txt": 1, "/cache/epub/2/pg2.txt": 2}
-    with pytest.raises(SystemExit, match="(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"):
+    with pytest.raises(
+        SystemExit, match="(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"
+    ):
         data.main([*command, "1", "3", "4", "5"])
     assert asked["/cache/epub/1/pg1.txt"] == 1
     assert sorted(p.name for p in (tmp_path / "books").iterdir()) == ["1.txt", "2.txt", "5.txt"]
@@ -796,4 +1055,6 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
     capsys.readouterr()
     data.main(["gutenberg", "--list"])
     titles = capsys.readouterr().out.splitlines()
-    assert len(titles) >= 80 and any("Sherlock Holmes, Arthur Conan Doyle" in title for title in titles)
+    assert len(titles) >= 80 and any(
+        "Sherlock Holmes, Arthur Conan Doyle" in title for title in titles
+    )

@@ -23,13 +23,17 @@ from rollout import Sampling, generate
 GPU = torch.cuda.is_available()
 INTERPRETED = decode.triton is not None and os.environ.get("TRITON_INTERPRET") == "1" and not GPU
 DEVICE = "cuda" if GPU else "cpu"
-in_triton = pytest.mark.skipif(not decode.FUSED[DEVICE], reason="needs a GPU or Triton's interpreter")
+in_triton = pytest.mark.skipif(
+    not decode.FUSED[DEVICE], reason="needs a GPU or Triton's interpreter"
+)
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if INTERPRETED:
     interpreter.mend()
 
 
-@pytest.mark.skipif(decode.triton is None or decode.FUSED[DEVICE], reason="no Triton here, or inside already")
+@pytest.mark.skipif(
+    decode.triton is None or decode.FUSED[DEVICE], reason="no Triton here, or inside already"
+)
 def test_kernels_in_the_interpreter():
     interpreter.run(__file__, "triton")
 
@@ -44,13 +48,16 @@ def assert_same(got, want):
     assert got.dtype == want.dtype and got.shape == want.shape
     if got.dtype == torch.bfloat16:
         assert (got != want).float().mean() <= 0.01
-    torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
 
 
 @in_triton
 @FLOATS
 @pytest.mark.parametrize(
-    ("dim", "kv", "group", "bucket"), [(8, 2, 1, 32), (20, 1, 3, 256), (64, 2, 4, 300), (128, 1, 17, 544)]
+    ("dim", "kv", "group", "bucket"),
+    [(8, 2, 1, 32), (20, 1, 3, 256), (64, 2, 4, 300), (128, 1, 17, 544)],
 )
 def test_attention_in_triton(dim, kv, group, bucket, dtype):
     """Ragged rows, parts of which nothing may be read, padded sizes; what lies behind the bucket is never looked at."""
@@ -63,8 +70,13 @@ def test_attention_in_triton(dim, kv, group, bucket, dtype):
         mask[row, ..., last + 1 :] = float("-inf")
     key, value = (t[:, :bucket].unflatten(0, (rows, kv)) for t in (keys, values))
     got, _ = decode._attend(None, query, key, value, mask, 0.3)
-    double = [t.double() for t in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask)]
-    want = F.scaled_dot_product_attention(*double[:3], attn_mask=double[3], scale=0.3).transpose(1, 2)
+    double = [
+        t.double()
+        for t in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask)
+    ]
+    want = F.scaled_dot_product_attention(*double[:3], attn_mask=double[3], scale=0.3).transpose(
+        1, 2
+    )
     assert got.dtype == dtype and got.shape == (rows, 1, kv * group, dim)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -74,7 +86,9 @@ def test_attention_in_triton(dim, kv, group, bucket, dtype):
 @FLOATS
 @pytest.mark.parametrize("dim", [1, 48, 128, 1000])
 def test_norms_in_triton(dim, dtype):
-    x = normal(5, 1, 3, 2 * dim, dtype=dtype)[..., :dim]  # rows with a gap between them, as Qwen3.5's queries have
+    x = normal(5, 1, 3, 2 * dim, dtype=dtype)[
+        ..., :dim
+    ]  # rows with a gap between them, as Qwen3.5's queries have
     for kind in ("qwen3", "qwen3.5"):
         module = type(make(kind).model.norm)(dim).to(DEVICE, dtype)
         with torch.no_grad():
@@ -84,7 +98,9 @@ def test_norms_in_triton(dim, dtype):
 
 @in_triton
 @FLOATS
-@pytest.mark.parametrize(("k", "v", "heads_k", "heads_v"), [(8, 4, 2, 4), (16, 64, 1, 3), (32, 32, 2, 2)])
+@pytest.mark.parametrize(
+    ("k", "v", "heads_k", "heads_v"), [(8, 4, 2, 4), (16, 64, 1, 3), (32, 32, 2, 2)]
+)
 def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
     """Five tokens: outputs and both states, which change in place, and no others than those of the rows asked for."""
     sizes = dict(linear_key_head_dim=k, linear_value_head_dim=v)
@@ -96,7 +112,9 @@ def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
     with torch.no_grad():
         for token in range(5):
             outs = channels, net.in_proj_z.out_features, heads_v, heads_v
-            inputs = [3 * normal(rows, 1, n, dtype=dtype, seed=10 * token + i) for i, n in enumerate(outs)]
+            inputs = [
+                3 * normal(rows, 1, n, dtype=dtype, seed=10 * token + i) for i, n in enumerate(outs)
+            ]
             got = decode._delta_step_triton(net, *inputs, *(t[:rows] for t in states))
             want = decode._delta_step(net, *inputs, *(t[:rows] for t in twins))
             assert_same(got, want)
@@ -108,10 +126,16 @@ def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
 @pytest.mark.parametrize("name", list(MODELS))
 def test_greedy_in_triton_is_generates_token_for_token(name):
     """On a GPU through captured graphs and over several buckets; the interpreter is slow and gets a few tokens."""
-    model, sampling = make(name), GREEDY if GPU else Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=5)
+    model, sampling = (
+        make(name),
+        GREEDY if GPU else Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=5),
+    )
     prompts = PROMPTS if GPU else PROMPTS[:2] + PROMPTS[4:6]
     want = [reference(model, prompt, sampling, None) for prompt in prompts]
-    assert ids(generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, (), max_rows=3)) == want
+    assert (
+        ids(generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, (), max_rows=3))
+        == want
+    )
 
 
 class Launches(TorchDispatchMode):
@@ -122,7 +146,9 @@ class Launches(TorchDispatchMode):
         self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
         self.n += not view and "empty" not in func.__name__
         return func(*args, **(kwargs or {}))
 

@@ -18,11 +18,21 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
 import eval as evaluation  # noqa: E402
 import judge  # noqa: E402
-import mini  # noqa: E402
-import offline  # noqa: E402
-from eval import EvalError, chart, length_bucket, length_table, read_jsonl, report, slope, text, ticks  # noqa: E402
+import mini.world as mini  # noqa: E402
+from eval import (  # noqa: E402
+    RecordError,
+    chart,
+    length_bucket,
+    length_table,
+    read_jsonl,
+    report,
+    slope,
+    text,
+    ticks,
+)
 from rollout import Sampling  # noqa: E402
 
 FAST = settings(derandomize=True, deadline=None, max_examples=60)
@@ -48,7 +58,11 @@ def make_verdict(rng: random.Random, level: float, quote: str) -> dict:
         share = level if d.key[0] == "P" else 1 - level
         points = min(d.max, max(0, round(d.max * share * rng.uniform(0.5, 1.2))))
         reason = f"{quote} The page earns this score by what it shows, not by what it claims."
-        dimensions[d.key] = {"score": points, "justification": reason, "quotes": [quote[:40]] if points else []}
+        dimensions[d.key] = {
+            "score": points,
+            "justification": reason,
+            "quotes": [quote[:40]] if points else [],
+        }
     scores = {key: found["score"] for key, found in dimensions.items()}
     return {
         "score": judge.story_quality(scores | {"BONUS": 0, "PENALTY": 0}),
@@ -66,38 +80,90 @@ def make_verdict(rng: random.Random, level: float, quote: str) -> dict:
 def make_story(rng: random.Random, words: int, hostile: bool) -> str:
     extra = "\n\n".join(HOSTILE) + "\n\n" if hostile else ""
     pool = OPENING.split()
-    lines = [" ".join(rng.choices(pool, k=rng.randint(5, 14))).capitalize() + "." for _ in range(max(1, words // 9))]
+    lines = [
+        " ".join(rng.choices(pool, k=rng.randint(5, 14))).capitalize() + "."
+        for _ in range(max(1, words // 9))
+    ]
     return extra + "\n\n".join(" ".join(lines[i : i + 6]) for i in range(0, len(lines), 6))
 
 
-def make_row(rng: random.Random, level: float, target: int, ratio: float, hostile: bool = False) -> dict:
+def make_row(
+    rng: random.Random, level: float, target: int, ratio: float, hostile: bool = False
+) -> dict:
     """What rollouts.jsonl and eval_stories.jsonl have in common."""
     story = make_story(rng, int(target * ratio), hostile)
-    verdict, words = make_verdict(rng, level, HOSTILE[0] if hostile else OPENING[:60]), judge.word_count(story)
-    parts = {"total": 0.0, "sq": verdict["score"], "rep": 0.03, "len": abs(ratio - 1), "blank": 0.0, "think": 0.0}
+    verdict, words = (
+        make_verdict(rng, level, HOSTILE[0] if hostile else OPENING[:60]),
+        judge.word_count(story),
+    )
+    parts = {
+        "total": 0.0,
+        "sq": verdict["score"],
+        "rep": 0.03,
+        "len": abs(ratio - 1),
+        "blank": 0.0,
+        "think": 0.0,
+    }
     parts |= {"overlong": 0.0, "total": verdict["score"] - 0.8 * parts["len"] - 0.045}
     name = HOSTILE[1] if hostile else "a shy duck, a lantern and the river"
     prompt = f"Write a story about {name}. The story should be {target} words long."
-    row = {"uid": f"p{target}", "prompt": prompt, "target_words": target, "story": story, "words": words}
+    row = {
+        "uid": f"p{target}",
+        "prompt": prompt,
+        "target_words": target,
+        "story": story,
+        "words": words,
+    }
     return row | {"finished": ratio < 1.4, "reward": parts, "verdict": verdict}
 
 
-def make_run(run: Path, steps: int = 60, evals: bool = True, hostile: bool = False, seed: int = 0) -> Path:
+def make_run(
+    run: Path, steps: int = 60, evals: bool = True, hostile: bool = False, seed: int = 0
+) -> Path:
     """A run directory in the trainer's format."""
     rng, run = random.Random(seed), Path(run)
     run.mkdir(parents=True, exist_ok=True)
-    config = {"preset": "mini", "model": "", "steps": steps, "lr": 1e-3, "judge_model": "offline", "out": HOSTILE[0]}
+    config = {
+        "preset": "mini",
+        "model": "",
+        "steps": steps,
+        "lr": 1e-3,
+        "judge_model": "offline",
+        "out": HOSTILE[0],
+    }
     (run / "config.json").write_text(json.dumps(config))
     metrics, rollouts = [], []
     for step in range(1, steps + 1):
         level = 0.45 + 0.35 * (1 - math.exp(-step / 20))
         noise = rng.gauss(0, 0.05)
-        line = {"step": step, "reward_mean": level - 0.5 + noise, "reward_std": 0.2, "sq": level - 0.2 + noise}
-        line |= {"rep": 0.02, "len": 0.5 * math.exp(-step / 15), "blank": 0.0, "think": 0.0, "overlong": 0.01}
-        line |= {"length_error": 0.1 + 0.6 * math.exp(-step / 15) * rng.uniform(0.8, 1.2), "words": 40 + noise * 20}
-        line |= {"finished": 0.95, "anchor_weight": 0.4 * min(1, (step - 1) / 15), "anchors": 8 if step > 1 else 0}
+        line = {
+            "step": step,
+            "reward_mean": level - 0.5 + noise,
+            "reward_std": 0.2,
+            "sq": level - 0.2 + noise,
+        }
+        line |= {
+            "rep": 0.02,
+            "len": 0.5 * math.exp(-step / 15),
+            "blank": 0.0,
+            "think": 0.0,
+            "overlong": 0.01,
+        }
+        line |= {
+            "length_error": 0.1 + 0.6 * math.exp(-step / 15) * rng.uniform(0.8, 1.2),
+            "words": 40 + noise * 20,
+        }
+        line |= {
+            "finished": 0.95,
+            "anchor_weight": 0.4 * min(1, (step - 1) / 15),
+            "anchors": 8 if step > 1 else 0,
+        }
         line |= {"anchors_left_out": 0, "anchor_reward": 0.4 + noise / 2 if step > 1 else None}
-        line |= {"anchor_advantage": 0.4 * min(1, (step - 1) / 15) * rng.uniform(1, 2) if step > 1 else None}
+        line |= {
+            "anchor_advantage": 0.4 * min(1, (step - 1) / 15) * rng.uniform(1, 2)
+            if step > 1
+            else None
+        }
         line |= {
             "judge_failures": 0,
             "loss": noise / 10,
@@ -105,14 +171,35 @@ def make_run(run: Path, steps: int = 60, evals: bool = True, hostile: bool = Fal
             "entropy": 0.9 - level / 2,
         }
         line |= {"logp": -0.8, "tokens": 3100, "lr": 1e-3}
-        seconds = {"rollout": rng.uniform(1.5, 2), "judge_wait": rng.uniform(0, 0.2), "update": 0.8, "sync": 0.05}
+        seconds = {
+            "rollout": rng.uniform(1.5, 2),
+            "judge_wait": rng.uniform(0, 0.2),
+            "update": 0.8,
+            "sync": 0.05,
+        }
         line["time"] = seconds | {"step": sum(seconds.values()) + 0.1}
-        line["judge"] = {"calls": 48 * step, "cached": 8 * (step - 1), "retries": step // 9, "failures": 0}
-        line["judge"] |= {"tokens_in": 90000 * step, "tokens_out": 70000 * step, "dollars": 0.013 * step}
+        line["judge"] = {
+            "calls": 48 * step,
+            "cached": 8 * (step - 1),
+            "retries": step // 9,
+            "failures": 0,
+        }
+        line["judge"] |= {
+            "tokens_in": 90000 * step,
+            "tokens_out": 70000 * step,
+            "dollars": 0.013 * step,
+        }
         metrics.append(line)
         for row in range(6):
             rolled = make_row(rng, level, 40, 1 + rng.gauss(0, 0.2), hostile)
-            rolled |= {"step": step, "row": row, "anchor": row == 5, "thinking": "", "tokens": 60, "advantage": noise}
+            rolled |= {
+                "step": step,
+                "row": row,
+                "anchor": row == 5,
+                "thinking": "",
+                "tokens": 60,
+                "advantage": noise,
+            }
             rollouts.append(rolled)
     write(run / "metrics.jsonl", metrics)
     write(run / "rollouts.jsonl", rollouts)
@@ -122,14 +209,23 @@ def make_run(run: Path, steps: int = 60, evals: bool = True, hostile: bool = Fal
             for times in 1, 2, 3:
                 rows = [
                     make_row(
-                        rng, level - 0.05 * times, 40 * times, rng.uniform(0.9, 1.1) / times**0.5, hostile and i == 0
+                        rng,
+                        level - 0.05 * times,
+                        40 * times,
+                        rng.uniform(0.9, 1.1) / times**0.5,
+                        hostile and i == 0,
                     )
                     | {"label": label, "bucket": f"{times}x", "uid": f"test{i}"}
                     for i in range(4)
                 ]
-                flat = [row | {"sq": row["reward"]["sq"], "reward": row["reward"]["total"]} for row in rows]
+                flat = [
+                    row | {"sq": row["reward"]["sq"], "reward": row["reward"]["total"]}
+                    for row in rows
+                ]
                 stories += rows
-                lines += [{"label": label} | row for row in length_table(flat) if row["bucket"] != "all"]
+                lines += [
+                    {"label": label} | row for row in length_table(flat) if row["bucket"] != "all"
+                ]
         write(run / "evals.jsonl", lines)
         write(run / "eval_stories.jsonl", stories)
     return run
@@ -147,7 +243,15 @@ def record(target: int, words: int, sq: float | None) -> dict:
 
 
 def test_bucket_edges():
-    edges = {999: None, 1000: "1k-2k", 1999: "1k-2k", 2000: "2k-3k", 3000: "3k-4k", 4000: "4k-6k", 6000: "6k-8k"}
+    edges = {
+        999: None,
+        1000: "1k-2k",
+        1999: "1k-2k",
+        2000: "2k-3k",
+        3000: "3k-4k",
+        4000: "4k-6k",
+        6000: "6k-8k",
+    }
     edges |= {7999: "6k-8k", 8000: "8k-12k", 12000: "8k-12k", 12001: None}
     assert {target: length_bucket(target) for target in edges} == edges
 
@@ -183,10 +287,16 @@ RECORDS = st.builds(
 def test_table_is_its_definition(records):
     *buckets, everything = length_table(records)
     assert everything["n"] == len(records)
-    assert sum(row["n"] for row in buckets) == sum(length_bucket(r["target_words"]) is not None for r in records)
+    assert sum(row["n"] for row in buckets) == sum(
+        length_bucket(r["target_words"]) is not None for r in records
+    )
     xs, ys = [], []
     for row in [*buckets, everything]:
-        group = [r for r in records if row is everything or length_bucket(r["target_words"]) == row["bucket"]]
+        group = [
+            r
+            for r in records
+            if row is everything or length_bucket(r["target_words"]) == row["bucket"]
+        ]
         ratios = np.array([r["words"] / r["target_words"] for r in group])
         scores = [r["sq"] for r in group if r["sq"] is not None]
         assert row["n"] == len(group) and row["judged"] == len(scores)
@@ -211,7 +321,10 @@ def test_slope_counts_buckets_not_stories_and_keeps_gaps():
 
 
 def test_own_buckets_are_ordered_by_length():
-    records = [record(90, 60, 0.1) | {"bucket": "3x"}, record(30, 30, 0.5) | {"bucket": "1x", "finished": True}]
+    records = [
+        record(90, 60, 0.1) | {"bucket": "3x"},
+        record(30, 30, 0.5) | {"bucket": "1x", "finished": True},
+    ]
     records += [record(60, 50, 0.3) | {"bucket": "2x", "reward": -0.4}]
     table = length_table(records)
     assert [row["bucket"] for row in table] == ["1x", "2x", "3x", "all"]
@@ -229,7 +342,9 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     examples = mini.fables(20, seed=0)
     mini.make_model(folder / "model", examples, seed=0, hidden=32)
-    lines = [{"uid": e.uid, "prompt": e.prompt, "target_words": e.target_words} for e in examples[:5]]
+    lines = [
+        {"uid": e.uid, "prompt": e.prompt, "target_words": e.target_words} for e in examples[:5]
+    ]
     write(folder / "prompts.jsonl", lines)
     return folder
 
@@ -243,33 +358,43 @@ def tell(world: Path, out: Path, seed: int = 7) -> list[dict]:
 
 def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
     records = tell(world, tmp_path / "whole.jsonl")
-    assert [r["uid"] for r in records] == [json.loads(line)["uid"] for line in open(world / "prompts.jsonl")]
+    assert [r["uid"] for r in records] == [
+        json.loads(line)["uid"] for line in open(world / "prompts.jsonl")
+    ]
     for r in records:
         assert r["words"] == judge.word_count(r["story"]) and 0 < r["tokens"] <= 24
         assert r["finished"] or r["tokens"] == 24
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     killed = tmp_path / "killed.jsonl"
-    killed.write_bytes(lines[3] + lines[1] + lines[0][: len(lines[0]) // 2])  # out of order, the last one half-written
+    killed.write_bytes(
+        lines[3] + lines[1] + lines[0][: len(lines[0]) // 2]
+    )  # out of order, the last one half-written
     marked = json.loads(lines[3]) | {"words": 12345}
     killed.write_bytes(json.dumps(marked).encode() + b"\n" + killed.read_bytes()[len(lines[3]) :])
     again = tell(world, killed)
     assert again[3] == marked  # kept, not written anew
-    assert [r for i, r in enumerate(again) if i != 3] == [r for i, r in enumerate(records) if i != 3]
+    assert [r for i, r in enumerate(again) if i != 3] == [
+        r for i, r in enumerate(records) if i != 3
+    ]
     assert read_jsonl(killed) == (again, False)
-    with pytest.raises(EvalError, match="another prompt file, model, seed"):
+    with pytest.raises(RecordError, match="another prompt file, model, seed"):
         tell(world, killed, seed=8)
 
 
 def test_scores_from_a_real_server_and_nothing_paid_twice(tmp_path, capsys):
     rng = random.Random(3)
-    rows = [make_row(rng, 0.5, target, ratio) for target, ratio in [(1000, 1.0), (2500, 0.8), (9000, 0.5)]]
+    rows = [
+        make_row(rng, 0.5, target, ratio)
+        for target, ratio in [(1000, 1.0), (2500, 0.8), (9000, 0.5)]
+    ]
     rows.append(rows[0] | {"uid": "empty", "story": "", "words": 0})
     stories = [
-        {key: row[key] for key in ("uid", "prompt", "target_words", "story", "words", "finished")} for row in rows
+        {key: row[key] for key in ("uid", "prompt", "target_words", "story", "words", "finished")}
+        for row in rows
     ]
     write(tmp_path / "stories.jsonl", stories)
-    process, url = offline.serve_in_background()
+    process, url = judge.start_stand_in()
     try:
         for calls, cached in ((3, 0), (0, 3)):
             client = judge.Judge(url, "offline", cache=tmp_path / "cache.sqlite")
@@ -287,8 +412,17 @@ def test_scores_from_a_real_server_and_nothing_paid_twice(tmp_path, capsys):
         assert r["length_ratio"] == r["words"] / r["target_words"]
     assert (records[3]["sq"], records[3]["verdict"]) == (0.0, None)
     shown = capsys.readouterr().out
-    expected = [("1k-2k", 2, 2), ("2k-3k", 1, 1), ("8k-12k", 1, 1), ("1-4k", 3, 3), ("8-12k", 1, 1), ("all", 4, 4)]
-    assert re.findall(r"^ +(\S+) +(\d+) +(\d+) ", shown, re.M)[-6:] == [tuple(map(str, row)) for row in expected]
+    expected = [
+        ("1k-2k", 2, 2),
+        ("2k-3k", 1, 1),
+        ("8k-12k", 1, 1),
+        ("1-4k", 3, 3),
+        ("8-12k", 1, 1),
+        ("all", 4, 4),
+    ]
+    assert re.findall(r"^ +(\S+) +(\d+) +(\d+) ", shown, re.M)[-6:] == [
+        tuple(map(str, row)) for row in expected
+    ]
     value = f"{100 * length_table(records)[-1]['slope']:.1f}".replace("-", "−")
     assert f"slope {value} points per bucket" in shown
 
@@ -309,10 +443,10 @@ def test_failed_verdicts_stay_out_of_the_means(tmp_path, capsys):
     assert [r["sq"] for r in records] == [None] * 3 and length_table(records)[-1]["judged"] == 0
     assert re.search(r"all +3 +0 +– ", capsys.readouterr().out)
     (tmp_path / "s.jsonl").write_text("")
-    with pytest.raises(EvalError, match="holds no story"):
+    with pytest.raises(RecordError, match="holds no story"):
         evaluation.score(tmp_path / "s.jsonl", Silent())
     write(tmp_path / "s.jsonl", [rows[0], {"prompt": "?", "story": "No length.", "words": 2}])
-    with pytest.raises(EvalError, match="s.jsonl:2: no target_words in it"):
+    with pytest.raises(RecordError, match="s.jsonl:2: no target_words in it"):
         evaluation.score(tmp_path / "s.jsonl", Silent())
 
 
@@ -324,7 +458,12 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.source, self.tags, self.attributes, self.pieces = path.read_text(encoding="utf-8"), set(), [], []
+        self.source, self.tags, self.attributes, self.pieces = (
+            path.read_text(encoding="utf-8"),
+            set(),
+            [],
+            [],
+        )
         self.feed(self.source)
         self.words = "".join(self.pieces)
 
@@ -337,9 +476,7 @@ class Page(HTMLParser):
 
 
 def check_safe(page: Page) -> None:
-    tags = (
-        "html head meta title style body section h1 h2 h3 h4 p b em i small span div table tr th td figure figcaption"
-    )
+    tags = "html head meta title style body section h1 h2 h3 h4 p b em i small span div table tr th td figure figcaption"
     tags += " svg path text circle rect article details summary dl dt dd q code"
     names = "lang charset name content http-equiv class style viewbox role aria-label tabindex dir x y r cx cy d width"
     assert page.tags <= set(tags.split())
@@ -361,7 +498,10 @@ def test_hostile_stories_are_only_text(tmp_path):
     assert "lone ⟨D800⟩ surrogate ⟨DFFF⟩" in page.words and "override ⟨202E⟩" in page.words
     assert "plain mark \u200f stays" in page.words
     for where in "label", "bucket":  # file contents that are no stories are not trusted either
-        rows = [json.loads(line) | {where: HOSTILE[0]} for line in open(tmp_path / "run" / "evals.jsonl")]
+        rows = [
+            json.loads(line) | {where: HOSTILE[0]}
+            for line in open(tmp_path / "run" / "evals.jsonl")
+        ]
         write(tmp_path / "run" / "evals.jsonl", rows)
         check_safe(Page(report(tmp_path / "run")))
 
@@ -373,7 +513,9 @@ def test_text_is_inert_and_loses_nothing_printable(value):
     safe.encode("utf-8")
     assert not set("<>\"'") & set(safe)
     back = re.sub("⟨([0-9A-F]{4,6})⟩", lambda code: chr(int(code[1], 16)), html.unescape(safe))
-    assert back == re.sub("⟨([0-9A-F]{4,6})⟩", lambda code: chr(int(code[1], 16)), value.replace("\r\n", "\n"))
+    assert back == re.sub(
+        "⟨([0-9A-F]{4,6})⟩", lambda code: chr(int(code[1], 16)), value.replace("\r\n", "\n")
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 90])
@@ -401,7 +543,10 @@ def test_before_and_after_are_the_numbers_of_the_file(tmp_path):
     assert page.source.count("<article>") == len(shown) == 12
     for story in shown:
         assert all(part in page.words for part in story["story"].split("\n\n"))
-        assert f"Story Quality {round(100 * story['verdict']['score'])} points".replace("-", "−") in page.words
+        assert (
+            f"Story Quality {round(100 * story['verdict']['score'])} points".replace("-", "−")
+            in page.words
+        )
     for dimension in judge.RUBRIC:
         assert f"<b>{dimension.key}</b> {text(dimension.name)}" in page.source
     write(run / "evals.jsonl", rows[:3])
@@ -411,25 +556,57 @@ def test_before_and_after_are_the_numbers_of_the_file(tmp_path):
 def test_rows_without_reward_and_numbers_that_are_none(tmp_path):
     run = make_run(tmp_path / "run", steps=4)
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    for name in ("reward_mean", "sq", "rep", "len", "blank", "think", "overlong", "length_error", "words", "finished"):
+    for name in (
+        "reward_mean",
+        "sq",
+        "rep",
+        "len",
+        "blank",
+        "think",
+        "overlong",
+        "length_error",
+        "words",
+        "finished",
+    ):
         metrics[1][name] = None  # a step where no row was judged
-    metrics[2] |= {"loss": math.nan, "grad_norm": math.inf, "entropy": math.nan, "anchor_advantage": None}
+    metrics[2] |= {
+        "loss": math.nan,
+        "grad_norm": math.inf,
+        "entropy": math.nan,
+        "anchor_advantage": None,
+    }
     write(run / "metrics.jsonl", metrics)
     stories = [json.loads(line) for line in open(run / "eval_stories.jsonl")]
     for story in stories[::2]:
         story["reward"] = None
-        story["verdict"] |= {"score": None, "dimensions": {}, "quote_accuracy": None, "error": "time-out <b>"}
+        story["verdict"] |= {
+            "score": None,
+            "dimensions": {},
+            "quote_accuracy": None,
+            "error": "time-out <b>",
+        }
     stories[1] |= {"story": "", "words": 0}
     write(run / "eval_stories.jsonl", stories)
-    evals = [json.loads(line) | dict.fromkeys(("reward", "sq", "length_error")) for line in open(run / "evals.jsonl")]
+    evals = [
+        json.loads(line) | dict.fromkeys(("reward", "sq", "length_error"))
+        for line in open(run / "evals.jsonl")
+    ]
     write(run / "evals.jsonl", evals)
     page = Page(report(run))
     check_safe(page)
-    assert "No verdict. time-out <b>" in page.words and "(no words)" in page.words and "Reward –" in page.words
-    assert "nan" not in page.words and not re.search(r"(cx|cy|d|x|y)='?[^' >]*(nan|inf)", page.source)
+    assert (
+        "No verdict. time-out <b>" in page.words
+        and "(no words)" in page.words
+        and "Reward –" in page.words
+    )
+    assert "nan" not in page.words and not re.search(
+        r"(cx|cy|d|x|y)='?[^' >]*(nan|inf)", page.source
+    )
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "evals.jsonl", "eval_stories.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "evals.jsonl", "eval_stories.jsonl", "rollouts.jsonl"]
+)
 def test_a_half_written_last_line_is_left_out(tmp_path, name):
     run = make_run(tmp_path / "run", steps=3, evals=name != "rollouts.jsonl")
     whole = Page(report(run))
@@ -442,12 +619,14 @@ def test_a_half_written_last_line_is_left_out(tmp_path, name):
     note = f"{name} ends in a half-written line, as a killed run leaves it; that line is left out."
     assert page.words.count(note) == 1 and page.words.replace(note, "") == whole.words
     (run / name).write_bytes(cut + b"\n" + data)  # anywhere else it is damage
-    with pytest.raises(EvalError, match=f"{name}:1: not a line of JSON"):
+    with pytest.raises(RecordError, match=f"{name}:1: not a line of JSON"):
         report(run)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(EvalError, match="holds no config.json; give the folder that polaris.py wrote"):
+    with pytest.raises(
+        RecordError, match="holds no config.json; give the folder that polaris.py wrote"
+    ):
         report(tmp_path)
 
 
@@ -472,7 +651,9 @@ def test_ticks_are_round_and_cover(a, b):
     low, high = sorted((a, b))
     found = ticks(low, high)
     step = found[1] - found[0]
-    assert found[0] <= low + 1e-6 * step and found[-1] >= high - 1e-6 * step and 2 <= len(found) <= 7
+    assert (
+        found[0] <= low + 1e-6 * step and found[-1] >= high - 1e-6 * step and 2 <= len(found) <= 7
+    )
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5, 10)) < 1e-3
 
@@ -488,6 +669,12 @@ def test_command_line(tmp_path):
     done = run_eval("report", str(make_run(tmp_path / "run", steps=1)))
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "report.html"))
     failed = run_eval("report", str(tmp_path))
-    assert failed.returncode == 1 and failed.stderr.startswith("eval.py: ") and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 1
+        and failed.stderr.startswith("eval.py: ")
+        and "Traceback" not in failed.stderr
+    )
     loaded = "import eval, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
-    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0  # reports start at once
+    assert (
+        subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
+    )  # reports start at once

@@ -22,8 +22,12 @@ import grpo
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden_grpo.json").read_text())
 quick = settings(max_examples=60, derandomize=True, deadline=None)
-INTERPRETED = grpo.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, in numpy
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_kernels_in_the_interpreter")
+INTERPRETED = (
+    grpo.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+)  # kernels run on the CPU, in numpy
+in_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="runs inside test_kernels_in_the_interpreter"
+)
 KERNELS = pytest.param("triton", marks=in_interpreter)
 
 
@@ -32,13 +36,17 @@ KERNELS = pytest.param("triton", marks=in_interpreter)
 
 @pytest.mark.parametrize("case", GOLDEN["anchor_weight"], ids=lambda c: c["name"])
 def test_anchor_weight_equals_the_release(case):
-    weights = [grpo.anchor_weight(step, **case["settings"]) for step in range(1, len(case["weight"]) + 1)]
+    weights = [
+        grpo.anchor_weight(step, **case["settings"]) for step in range(1, len(case["weight"]) + 1)
+    ]
     assert weights == pytest.approx(case["weight"], abs=1e-12)
     assert [w > 0 for w in weights] == case["anchor"]
 
 
 def test_anchor_weight_of_the_recipe():
-    assert [grpo.anchor_weight(s) for s in (1, 2, 16, 17, 173)] == pytest.approx([0, 0.4 / 15, 0.4, 0.4, 0.4])
+    assert [grpo.anchor_weight(s) for s in (1, 2, 16, 17, 173)] == pytest.approx(
+        [0, 0.4 / 15, 0.4, 0.4, 0.4]
+    )
     with pytest.raises(ValueError, match="linear"):
         grpo.anchor_weight(1, shape="exp")
 
@@ -54,7 +62,9 @@ def test_bare_advantages_equal_the_release(case):
         if len(policy) < 2:  # on purpose unlike the release, which takes R itself for A
             assert not got[rows].any()
             continue
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if policy.std() < 1e-5 else {"rtol": 0, "atol": 1e-6}
+        tolerance = (
+            {"rtol": 1e-4, "atol": 1e-6} if policy.std() < 1e-5 else {"rtol": 0, "atol": 1e-6}
+        )
         torch.testing.assert_close(got[rows], torch.tensor(case["advantage"])[rows], **tolerance)
         compared += 1
     assert compared or case["kind"].startswith("single")
@@ -65,7 +75,13 @@ def steps(draw):
     """Rewards, groups, anchors and verdicts of one step."""
     n = draw(st.integers(0, 30))
     score = st.integers(-200, 108).map(lambda x: x / 100)
-    rows = draw(st.lists(st.tuples(score, st.integers(0, 3), st.booleans(), st.booleans()), min_size=n, max_size=n))
+    rows = draw(
+        st.lists(
+            st.tuples(score, st.integers(0, 3), st.booleans(), st.booleans()),
+            min_size=n,
+            max_size=n,
+        )
+    )
     dtypes = torch.float64, torch.long, torch.bool, torch.bool
     return [torch.tensor([r[i] for r in rows], dtype=dtype) for i, dtype in enumerate(dtypes)]
 
@@ -74,7 +90,9 @@ def steps(draw):
 @given(steps(), st.floats(0, 2), st.sampled_from([0.0, 0.05, 0.3]), st.booleans())
 def test_advantages_are_the_formula_over_judged_policy_rows(step, weight, floor, cap):
     rewards, group, is_anchor, valid = step
-    hidden = torch.where(valid, rewards, float("nan"))  # a row without a verdict has no reward at all
+    hidden = torch.where(
+        valid, rewards, float("nan")
+    )  # a row without a verdict has no reward at all
     got = grpo.group_advantages(hidden, group, is_anchor, weight, floor, cap, valid).numpy()
     for i in range(len(got)):
         peers = rewards[(group == group[i]) & valid & ~is_anchor].numpy()
@@ -83,12 +101,18 @@ def test_advantages_are_the_formula_over_judged_policy_rows(step, weight, floor,
             assert got[i] == 0
         elif is_anchor[i]:
             bound = (k - 1) / math.sqrt(k) if cap else math.inf
-            a = weight * (float(rewards[i]) - peers.mean()) / (max(np.std(peers, ddof=1), floor) + 1e-6)
+            a = (
+                weight
+                * (float(rewards[i]) - peers.mean())
+                / (max(np.std(peers, ddof=1), floor) + 1e-6)
+            )
             assert got[i] == pytest.approx(min(bound, max(-bound, a)), rel=1e-4, abs=1e-6)
         else:
             a = (float(rewards[i]) - peers.mean()) / (np.std(peers, ddof=1) + 1e-6)
             assert got[i] == pytest.approx(a, rel=1e-4, abs=1e-6)
-            assert abs(got[i]) <= (k - 1) / math.sqrt(k) + 1e-6  # the bound that the cap lends to anchors
+            assert (
+                abs(got[i]) <= (k - 1) / math.sqrt(k) + 1e-6
+            )  # the bound that the cap lends to anchors
 
 
 @quick
@@ -96,16 +120,23 @@ def test_advantages_are_the_formula_over_judged_policy_rows(step, weight, floor,
 def test_anchors_never_move_policy_rows_and_order_does_not_matter(step, other, random):
     rewards, group, is_anchor, valid = step
     base = grpo.group_advantages(rewards, group, is_anchor, valid=valid)
-    moved = grpo.group_advantages(torch.where(is_anchor, other, rewards), group, is_anchor, valid=valid)
+    moved = grpo.group_advantages(
+        torch.where(is_anchor, other, rewards), group, is_anchor, valid=valid
+    )
     assert torch.equal(base[~is_anchor], moved[~is_anchor])
     order = list(range(len(rewards)))
     random.shuffle(order)
-    shuffled = grpo.group_advantages(*(x[order] for x in (rewards, -7 * group, is_anchor)), valid=valid[order])
+    shuffled = grpo.group_advantages(
+        *(x[order] for x in (rewards, -7 * group, is_anchor)), valid=valid[order]
+    )
     torch.testing.assert_close(shuffled, base[order], rtol=1e-6, atol=1e-6)
 
 
 def test_anchor_guards():
-    rewards, is_anchor = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.75]), torch.tensor([False] * 5 + [True])
+    rewards, is_anchor = (
+        torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.75]),
+        torch.tensor([False] * 5 + [True]),
+    )
 
     def anchor(**options):
         return float(grpo.group_advantages(rewards, [0] * 6, is_anchor, 0.4, **options)[-1])
@@ -120,7 +151,9 @@ def test_anchor_guards():
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("case", GOLDEN["policy_loss"], ids=lambda c: f"{c['kind']} {c['loss']:.3f}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["policy_loss"], ids=lambda c: f"{c['kind']} {c['loss']:.3f}"
+)
 def test_policy_loss_equals_the_release(case):
     names = "log_prob", "old_log_prob", "advantages", "response_mask"
     logp, old, advantages, mask = (torch.tensor(case[k]) for k in names)
@@ -197,7 +230,10 @@ def assert_near(got, want, tolerance, scale=0.0):
     """max |got - want| <= tolerance times the largest entry, or times `scale` where all entries nearly cancel."""
     assert got.isfinite().all()
     size = max(float(want.detach().abs().max()) if want.numel() else 0.0, scale)
-    assert float((got.detach().double() - want.detach()).abs().amax() if want.numel() else 0.0) <= tolerance * size
+    assert (
+        float((got.detach().double() - want.detach()).abs().amax() if want.numel() else 0.0)
+        <= tolerance * size
+    )
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunked", KERNELS])
@@ -237,7 +273,9 @@ def test_parity_with_fp64_on_a_gpu(backend, dtype, monkeypatch):
     want = definition(*args)
     for got in both_schemes(*args, backend):
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert_near(a, b, 1e-2 if dtype == torch.bfloat16 and i > 2 else 1e-5, 1.0 if i < 3 else 0.0)
+            assert_near(
+                a, b, 1e-2 if dtype == torch.bfloat16 and i > 2 else 1e-5, 1.0 if i < 3 else 0.0
+            )
 
 
 @pytest.mark.skipif(grpo.triton is None or INTERPRETED, reason="no Triton here, or inside already")
@@ -291,7 +329,9 @@ def test_gradcheck(temperature):
         assert torch.autograd.gradcheck(logps, (hidden, weight))
         loss = lambda h, w: 3.7 * grpo.onpolicy_loss(h, w, targets, coef, temperature)[0]  # noqa: E731
         assert torch.autograd.gradcheck(loss, (hidden, weight))
-        tied = lambda w: grpo.onpolicy_loss(torch.tanh(w[targets]), w, targets, coef, temperature)[0]  # noqa: E731
+        tied = lambda w: grpo.onpolicy_loss(torch.tanh(w[targets]), w, targets, coef, temperature)[
+            0
+        ]  # noqa: E731
         assert torch.autograd.gradcheck(tied, (weight,))
 
 
@@ -322,11 +362,15 @@ def test_views_frozen_inputs_and_no_grad(backend):
             else:
                 grpo.onpolicy_loss(*pair, targets, coef, 1.0, backend)[0].backward()
             assert pair[frozen].grad is None
-            torch.testing.assert_close(pair[1 - frozen].grad, want[scheme][4 - frozen], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                pair[1 - frozen].grad, want[scheme][4 - frozen], rtol=1e-5, atol=1e-6
+            )
     with torch.no_grad():
         loss, logp, entropy = grpo.onpolicy_loss(hidden, weight, targets, coef, 1.0, backend)
     assert not loss.requires_grad
-    torch.testing.assert_close((loss, logp, entropy), tuple(x.detach() for x in want[1][:3]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        (loss, logp, entropy), tuple(x.detach() for x in want[1][:3]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_rows_of_zero_coefficient_touch_no_gradient():
@@ -339,8 +383,12 @@ def test_rows_of_zero_coefficient_touch_no_gradient():
         mixed = list(both_schemes(hidden, weight, targets, coef, 1.0, "chunked"))
         again = list(both_schemes(hidden, weight, targets, coef, 1.0, "chunked"))
     for one, two in zip(mixed, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))  # runs repeat bit for bit
-        assert one[1].isfinite().all() and (one[2] > 0).all()  # every row has its log-prob and entropy
+        assert all(
+            torch.equal(a, b) for a, b in zip(one, two, strict=True)
+        )  # runs repeat bit for bit
+        assert (
+            one[1].isfinite().all() and (one[2] > 0).all()
+        )  # every row has its log-prob and entropy
         assert not one[3][~live].any()
     torch.testing.assert_close((mixed[0][3][live], mixed[0][4]), alone[0][3:])
     assert torch.equal(
@@ -353,7 +401,9 @@ def test_weight_gradient_is_summed_in_fp32():
     hidden, weight, targets, coef = problem(2, 2048, 8, 4, torch.bfloat16)
     want = definition(hidden, weight, targets, coef.abs(), 1.0)[4]
     with chunk_rows(8):
-        got = [x[4].double() for x in both_schemes(hidden, weight, targets, coef.abs(), 1.0, "chunked")]
+        got = [
+            x[4].double() for x in both_schemes(hidden, weight, targets, coef.abs(), 1.0, "chunked")
+        ]
     rounded = torch.zeros_like(weight)
     for i in range(0, 2048, 8):  # what a bf16 sum over the same chunks would give
         part = [x[i : i + 8] for x in (hidden, targets, coef.abs())]
@@ -378,7 +428,9 @@ def test_onpolicy_loss_is_policy_loss_at_ratio_one_and_the_anchor_reaches_the_gr
     loss, _, _ = grpo.onpolicy_loss(hidden, weight, targets, -advantages / len(row))
     grads.append(torch.autograd.grad(loss, (hidden, weight)))
     logp = torch.log_softmax(hidden @ weight.T, 1)[torch.arange(len(row)), targets]
-    loss = -0.1 * 0.4 / 0.05 * logp[row == 5].sum() / len(row)  # weight (R - mean) / floor, at each token of the anchor
+    loss = (
+        -0.1 * 0.4 / 0.05 * logp[row == 5].sum() / len(row)
+    )  # weight (R - mean) / floor, at each token of the anchor
     grads.append(torch.autograd.grad(loss, (hidden, weight)))
     for one in grads[:2]:
         for a, b in zip(one, grads[2], strict=True):
@@ -388,7 +440,11 @@ def test_onpolicy_loss_is_policy_loss_at_ratio_one_and_the_anchor_reaches_the_gr
 
 def test_inputs_that_do_not_fit_are_refused():
     hidden, weight, targets, coef = problem(0, 5, 4, 9, torch.float32)
-    for bad in ((hidden[:, :3], weight, targets), (hidden, weight, targets[:4]), (hidden, weight, targets[:, None])):
+    for bad in (
+        (hidden[:, :3], weight, targets),
+        (hidden, weight, targets[:4]),
+        (hidden, weight, targets[:, None]),
+    ):
         with pytest.raises(ValueError, match=r"\[N, H\]"):
             grpo.token_logprobs(*bad)
     with pytest.raises(ValueError, match="must share"):
@@ -408,7 +464,9 @@ def test_inputs_that_do_not_fit_are_refused():
 @in_interpreter
 def test_triton_makes_a_target_outside_the_vocabulary_not_a_number():
     hidden, weight, targets, _ = problem(0, 5, 4, 9, torch.float32)
-    logp, _ = grpo.token_logprobs(hidden, weight, torch.where(targets == targets[2], 9, targets), backend="triton")
+    logp, _ = grpo.token_logprobs(
+        hidden, weight, torch.where(targets == targets[2], 9, targets), backend="triton"
+    )
     assert torch.equal(logp.isnan(), targets == targets[2])
 
 
@@ -432,12 +490,19 @@ for n in (4096, 16384, 65536)[: 2 if "naive" in sys.argv else 3]:
     def peaks(backend):
         command = [sys.executable, "-c", code, backend]
         return [
-            int(x) for x in subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True).stdout.split()
+            int(x)
+            for x in subprocess.run(
+                command, cwd=HERE.parent, check=True, capture_output=True
+            ).stdout.split()
         ]
 
     naive, chunked = peaks("naive"), peaks("chunked")  # MB
-    assert naive[1] - naive[0] > 2 * (16384 - 4096) * 1024 * 4 / 2**20, naive  # two more sets of logits, at least
-    assert max(chunked) - chunked[0] < 48, chunked  # one set of logits at 65,536 tokens would be 256 MB
+    assert naive[1] - naive[0] > 2 * (16384 - 4096) * 1024 * 4 / 2**20, (
+        naive
+    )  # two more sets of logits, at least
+    assert max(chunked) - chunked[0] < 48, (
+        chunked
+    )  # one set of logits at 65,536 tokens would be 256 MB
 
 
 class Root(torch.nn.Module):
@@ -471,10 +536,16 @@ def sharded_gradients(rank, world, folder):
     root, *rows = root_and_rows()
     fully_shard(root.layer)
     fully_shard(root)
-    for module in (root.layer, root):  # a sum over ranks: the coefficients hold the global token count already
+    for module in (
+        root.layer,
+        root,
+    ):  # a sum over ranks: the coefficients hold the global token count already
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    batches = [slice(rank, 9, world), slice(9, 9 if rank else 17)]  # two micro-batches; of the second rank 1 has no row
+    batches = [
+        slice(rank, 9, world),
+        slice(9, 9 if rank else 17),
+    ]  # two micro-batches; of the second rank 1 has no row
     out = {}
     for scheme in ("onpolicy", "two passes"):
         for batch in batches:
@@ -490,7 +561,9 @@ def test_the_head_inside_an_fsdp2_root(tmp_path):
     root, *rows = root_and_rows()
     root(*rows, "onpolicy").backward()
     for world in (1, 2):
-        mp.start_processes(sharded_gradients, (world, str(tmp_path)), nprocs=world, start_method="spawn")
+        mp.start_processes(
+            sharded_gradients, (world, str(tmp_path)), nprocs=world, start_method="spawn"
+        )
         for grads in torch.load(tmp_path / f"world{world}.pt").values():
             for name, p in root.named_parameters():
                 torch.testing.assert_close(grads[name], p.grad, rtol=1e-5, atol=1e-6)

@@ -24,8 +24,16 @@ from hypothesis import strategies as st
 from judge_injections import attempts, perfect_verdict
 
 import judge
-import offline
-from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, JudgeStop, VerdictError
+from judge import (
+    CHECK_PROMPT,
+    CHECK_STORY,
+    NEGATIVE,
+    POSITIVE,
+    RUBRIC,
+    ChatStop,
+    Judge,
+    VerdictError,
+)
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
@@ -37,7 +45,9 @@ GOOD_SCORE = judge.parse_verdict(GOOD, CHECK_STORY).score
 
 def verdict_with(**scores):
     """A verdict of zeros, but for `scores`."""
-    return {d.key: {"justification": "", "quotes": [], "score": scores.get(d.key, 0)} for d in RUBRIC}
+    return {
+        d.key: {"justification": "", "quotes": [], "score": scores.get(d.key, 0)} for d in RUBRIC
+    }
 
 
 def run_cli(*args, **options):
@@ -74,14 +84,18 @@ def test_reward_adds_thinking_and_overlong_after_the_clip():
     story = " ".join(f"w{i}" for i in range(1000))
     base = judge.reward(1.0, story, 1000, 4000, 3072, True)
     assert (base.total, base.think, base.overlong) == (1.0, 0.0, 0.0)
-    assert judge.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(0.05 * 100 / 4000)
+    assert judge.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(
+        0.05 * 100 / 4000
+    )
     assert judge.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
     assert judge.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
     assert judge.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
     cut = judge.reward(-5.0, story, 1000, 8192, 4072, False)
     assert cut.total == pytest.approx(-2 - 0.05 * 1000 / 8192 - 1)
     other = dataclasses.replace(judge.RewardConfig(), len_weight=0.0, blank_words=0, rep_weight=0.0)
-    assert judge.reward(0.3, "", 900, 0, 0, True, other).total == 0.3  # an empty response does not divide by zero
+    assert (
+        judge.reward(0.3, "", 900, 0, 0, True, other).total == 0.3
+    )  # an empty response does not divide by zero
 
 
 def test_golden_prompt_strip_but_for_the_departures():
@@ -90,17 +104,31 @@ def test_golden_prompt_strip_but_for_the_departures():
         "Dr. Who at 3.5 miles, 200 words long": "Dr. Who at 3.5 miles",  # a number and a title end no sentence
     }
     for case in GOLDEN_SQ["prompt_strip"]:
-        assert judge.strip_length_sentence(case["prompt"]) == departures.get(case["prompt"], case["stripped"])
+        assert judge.strip_length_sentence(case["prompt"]) == departures.get(
+            case["prompt"], case["stripped"]
+        )
 
 
 @pytest.mark.parametrize(
     ("prompt", "words", "stripped"),
     [
-        ("Tell of a fox. The story should be 1,500 words long. Include a dog.", 1500, "Tell of a fox. Include a dog."),
+        (
+            "Tell of a fox. The story should be 1,500 words long. Include a dog.",
+            1500,
+            "Tell of a fox. Include a dog.",
+        ),
         ("It should be 12,000 words long.\nUse rain.", 12000, "Use rain."),
-        ("Mr. Fox and J. R. R. Tolkien meet. Make it 300  words\tlong!", 300, "Mr. Fox and J. R. R. Tolkien meet."),
+        (
+            "Mr. Fox and J. R. R. Tolkien meet. Make it 300  words\tlong!",
+            300,
+            "Mr. Fox and J. R. R. Tolkien meet.",
+        ),
         ("Follow plan B. It should be 500 words long.", 500, "Follow plan B."),
-        ('"Go!" he said. Write it 20 words long (3.5 pages). Dr. No wins.', 20, '"Go!" he said. Dr. No wins.'),
+        (
+            '"Go!" he said. Write it 20 words long (3.5 pages). Dr. No wins.',
+            20,
+            '"Go!" he said. Dr. No wins.',
+        ),
         ("Write a story, about 800 words long", 800, "Write a story"),
         ("A list:\n- a fox\n- 400 words long\n- a river", 400, "A list:\n- a fox\n- a river"),
         ("A 500-word tale", None, "A 500-word tale"),
@@ -114,7 +142,8 @@ def test_length_sentence(prompt, words, stripped):
 
 
 SENTENCES = st.lists(
-    st.sampled_from(["A fox ran.", "Why now?", "He paid 3.5 pounds!", "Mr. Holt sat.", "“No.”"]), max_size=4
+    st.sampled_from(["A fox ran.", "Why now?", "He paid 3.5 pounds!", "Mr. Holt sat.", "“No.”"]),
+    max_size=4,
 )
 
 
@@ -139,7 +168,24 @@ def test_composite_equals_the_release():
 def test_one_table_makes_prompt_schema_and_score():
     maxima = {d.key: d.max for d in RUBRIC}
     assert (sum(maxima[k] for k in POSITIVE), sum(maxima[k] for k in NEGATIVE)) == (100, 151)
-    assert [maxima[k] for k in (*POSITIVE, *NEGATIVE)] == [15, 20, 15, 15, 20, 15, 15, 20, 15, 15, 15, 20, 15, 8, 8, 20]
+    assert [maxima[k] for k in (*POSITIVE, *NEGATIVE)] == [
+        15,
+        20,
+        15,
+        15,
+        20,
+        15,
+        15,
+        20,
+        15,
+        15,
+        15,
+        20,
+        15,
+        8,
+        8,
+        20,
+    ]
     text, schema = judge.rubric_text(), judge.verdict_schema()
     assert list(schema["properties"]) == schema["required"] == [d.key for d in RUBRIC]
     for d in RUBRIC:
@@ -150,7 +196,12 @@ def test_one_table_makes_prompt_schema_and_score():
         for part in (d.name, d.measures, d.excludes, *d.bands, f"(0-{d.max})"):
             assert part in text
         assert schema["properties"][d.key]["properties"]["score"]["maximum"] == d.max
-    assert judge.story_quality({k: 0 for k in NEGATIVE} | maxima | {"PENALTY": 0} | {k: 0 for k in NEGATIVE}) == 1.08
+    assert (
+        judge.story_quality(
+            {k: 0 for k in NEGATIVE} | maxima | {"PENALTY": 0} | {k: 0 for k in NEGATIVE}
+        )
+        == 1.08
+    )
     assert judge.story_quality(maxima | {k: 0 for k in (*POSITIVE, "BONUS")}) == -1.59
     assert [judge.label(x) for x in (-159, 14, 15, 34, 35, 54, 55, 74, 75, 108)] == [
         "very_poor", "very_poor", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent",
@@ -184,7 +235,9 @@ def test_release_formats_around_a_verdict():
         json.dumps({"evaluation": {"dimensions": json.loads(GOOD)}, "positive_total": 100}),
         f"[{GOOD}]",
         GOOD[:-1] + ", }",
-        GOOD.replace('"score": ', '"score": "').replace("}, ", '",},').replace("}}", '"}}'),  # strings, trailing commas
+        GOOD.replace('"score": ', '"score": "')
+        .replace("}, ", '",},')
+        .replace("}}", '"}}'),  # strings, trailing commas
         f"{GOOD}\n{GOOD}",
         json.dumps({k: v for k, v in json.loads(GOOD).items() if k not in ("BONUS", "PENALTY")}),
         re.sub(r'"score": (\d+)', r'"score": \1.0', GOOD),
@@ -263,14 +316,22 @@ def test_quotes_are_looked_up():
         ).quote_accuracy
 
     assert accuracy() is None
-    assert accuracy(P1=(9, ["she said. The sea"])) == 1.0  # punctuation, line breaks and quotation marks may differ
+    assert (
+        accuracy(P1=(9, ["she said. The sea"])) == 1.0
+    )  # punctuation, line breaks and quotation marks may differ
     assert accuracy(P1=(9, ["DON'T GO", "sea & the moor", "she said ... lay still"])) == 1.0
     assert accuracy(P1=(9, ["she said", "the moon lay still"])) == 0.5
-    assert accuracy(P1=(9, ["ea amp th"])) == accuracy(P1=(9, ["***", "..."])) == 0.0  # whole words only
+    assert (
+        accuracy(P1=(9, ["ea amp th"])) == accuracy(P1=(9, ["***", "..."])) == 0.0
+    )  # whole words only
     assert accuracy(N1=(3, [])) == 0.0  # a negative owes a quote ...
-    assert accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None  # ... a positive and a slight bonus do not
+    assert (
+        accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None
+    )  # ... a positive and a slight bonus do not
     assert accuracy(BONUS=(2, []), N2=(1, ["lay still"])) == 0.5
-    assert judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03  # the score counts all the same
+    assert (
+        judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03
+    )  # the score counts all the same
 
 
 ODD_VALUES = [
@@ -323,7 +384,9 @@ def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
         if rng.random() < 0.2:
             verdict[key] = rng.choice(ODD_VALUES)
         else:
-            verdict[key][rng.choice(["score", "quotes", "justification", "extra"])] = rng.choice(ODD_VALUES)
+            verdict[key][rng.choice(["score", "quotes", "justification", "extra"])] = rng.choice(
+                ODD_VALUES
+            )
     text = json.dumps(verdict, ensure_ascii=rng.random() < 0.5)
     for _ in range(rng.randrange(4)):
         start, end = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
@@ -341,7 +404,9 @@ def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
     json.dumps(found.dimensions, ensure_ascii=False).encode()  # can be written to disk
 
 
-@given(st.text(max_size=60) | st.lists(st.sampled_from(list('{}[]",:\\P1 ')), max_size=60).map("".join))
+@given(
+    st.text(max_size=60) | st.lists(st.sampled_from(list('{}[]",:\\P1 ')), max_size=60).map("".join)
+)
 @settings(derandomize=True, deadline=None, max_examples=500, database=None)
 def test_fuzzed_text_is_refused(text):
     with pytest.raises(VerdictError):
@@ -356,8 +421,12 @@ def test_injections(name):
     story = attempts()[name]
     messages = judge.judge_messages(CHECK_PROMPT, story, "f00dfeedf00dfeed")
     text = messages[1]["content"]
-    assert messages[0]["content"] == judge.rubric_text() and len(messages) == 2  # no story in the system message
-    assert text.count("f00dfeedf00dfeed") == 5  # announced once, two fences; nothing of the story carries it
+    assert (
+        messages[0]["content"] == judge.rubric_text() and len(messages) == 2
+    )  # no story in the system message
+    assert (
+        text.count("f00dfeedf00dfeed") == 5
+    )  # announced once, two fences; nothing of the story carries it
     assert offline._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
     # A judge that quotes the story in its justification is still read as it meant.
     own = verdict_with(P1=7, N6=20)
@@ -388,7 +457,11 @@ def test_more_than_forty_injections_and_a_new_marker_for_each_call():
 def http(status, body, *headers, length=None):
     """A raw HTTP answer."""
     body = body if isinstance(body, bytes) else body.encode()
-    head = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
+    head = [
+        f"HTTP/1.1 {status} X",
+        f"Content-Length: {len(body) if length is None else length}",
+        *headers,
+    ]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
@@ -396,7 +469,12 @@ def answer(content, *headers, **extra):
     """A chat completion of 1,000 tokens in and 100 out."""
     choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"} | extra
     usage = {"prompt_tokens": 1000, "completion_tokens": 100}
-    return http(200, json.dumps({"choices": [choice], "usage": usage}), "Content-Type: application/json", *headers)
+    return http(
+        200,
+        json.dumps({"choices": [choice], "usage": usage}),
+        "Content-Type: application/json",
+        *headers,
+    )
 
 
 def silence(connection):
@@ -455,7 +533,9 @@ class scripted:
             while head := file.readline():
                 while (line := file.readline()) not in (b"\r\n", b""):
                     head += line
-                head += b"\r\n" + file.read(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))
+                head += b"\r\n" + file.read(
+                    int(re.search(rb"content-length: (\d+)", head, re.I)[1])
+                )
                 with self.lock:
                     self.requests.append(head)
                     act = self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -466,7 +546,9 @@ class scripted:
 
 
 def client(url, api_key=KEY, **options):
-    return contextlib.closing(Judge(url, "m", api_key, **({"timeout": 0.6, "retries": 2, "concurrency": 4} | options)))
+    return contextlib.closing(
+        Judge(url, "m", api_key, **({"timeout": 0.6, "retries": 2, "concurrency": 4} | options))
+    )
 
 
 @pytest.fixture
@@ -546,11 +628,20 @@ def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
         verdict = judging.submit(CHECK_PROMPT, CHECK_STORY).result(timeout=20)
         spent = time.monotonic() - begin
         stats = judging.stats()
-    assert verdict.score == score and words in verdict.error and bool(verdict.error) == (score is None)
-    assert seconds[0] <= spent <= seconds[1] + 0.5
-    assert (stats["calls"], stats["retries"], stats["failures"], stats["cached"]) == (1, retries, score is None, 0)
     assert (
-        (stats["tokens_in"], stats["tokens_out"]) == (tokens, tokens // 10) == (verdict.tokens_in, verdict.tokens_out)
+        verdict.score == score and words in verdict.error and bool(verdict.error) == (score is None)
+    )
+    assert seconds[0] <= spent <= seconds[1] + 0.5
+    assert (stats["calls"], stats["retries"], stats["failures"], stats["cached"]) == (
+        1,
+        retries,
+        score is None,
+        0,
+    )
+    assert (
+        (stats["tokens_in"], stats["tokens_out"])
+        == (tokens, tokens // 10)
+        == (verdict.tokens_in, verdict.tokens_out)
     )
     assert stats["dollars"] == pytest.approx(tokens * 2e-6 + tokens // 10 * 1e-5)
     assert len(server.requests) == retries + 1
@@ -568,9 +659,18 @@ def test_ask_is_the_same_transport_for_any_chat(quick):
 
         with pytest.raises(judge.CallFailed, match="Rufus is no fox") as caught:
             judging.ask(messages, parse=refuse)
-        assert (caught.value.kind, caught.value.raw, caught.value.usage) == ("unusable", "Rufus", (2000, 200))
+        assert (caught.value.kind, caught.value.raw, caught.value.usage) == (
+            "unusable",
+            "Rufus",
+            (2000, 200),
+        )
         stats = judging.stats()
-        assert (stats["calls"], stats["retries"], stats["failures"], stats["tokens_in"]) == (2, 2, 1, 3000)
+        assert (stats["calls"], stats["retries"], stats["failures"], stats["tokens_in"]) == (
+            2,
+            2,
+            1,
+            3000,
+        )
 
 
 def test_nobody_listens(quick):
@@ -578,20 +678,27 @@ def test_nobody_listens(quick):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with client(url) as judging:
         verdict = judging.submit("p", "s").result(timeout=5)
-        assert verdict.score is None and "refused" in verdict.error and judging.stats()["retries"] == 2
-        with pytest.raises(JudgeStop, match="refused"):
+        assert (
+            verdict.score is None and "refused" in verdict.error and judging.stats()["retries"] == 2
+        )
+        with pytest.raises(ChatStop, match="refused"):
             judging.check()
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_refusals_stop_everything_at_once_and_hide_the_key(quick, status):
     body = json.dumps({"error": {"message": f"key {KEY} for model m: no credit"}})
-    with scripted(silence, http(status, body)) as server, client(server.url, timeout=30, concurrency=2) as judging:
+    with (
+        scripted(silence, http(status, body)) as server,
+        client(server.url, timeout=30, concurrency=2) as judging,
+    ):
         futures = [judging.submit("p", str(i)) for i in range(20)]
         for future in futures:  # the one that waits for the silent server too
-            with pytest.raises(JudgeStop, match=rf"HTTP {status}: key \*\*\* for model m: no credit"):
+            with pytest.raises(
+                ChatStop, match=rf"HTTP {status}: key \*\*\* for model m: no credit"
+            ):
                 future.result(timeout=2)
-        with pytest.raises(JudgeStop):
+        with pytest.raises(ChatStop):
             judging.submit("p", "later").result(timeout=0)
         assert len(server.requests) == 2
 
@@ -603,8 +710,8 @@ def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
         futures = [judging.submit("p", str(i)) for i in range(500)]
         outcomes = Counter(type(future.exception(timeout=10)) for future in futures)
         assert time.monotonic() - begin < 3
-        assert outcomes[JudgeStop] > 200  # the rest had used up their retries before it was clear
-        with pytest.raises(JudgeStop, match="is down: .* attempts in a row failed.*resume"):
+        assert outcomes[ChatStop] > 200  # the rest had used up their retries before it was clear
+        with pytest.raises(ChatStop, match="is down: .* attempts in a row failed.*resume"):
             judging.submit("p", "later").result(timeout=0)
 
 
@@ -612,24 +719,34 @@ def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick
     monkeypatch.setattr(judge, "BREAKER_FAILURES", 4)
     monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.3)
     with scripted(silence) as server, client(server.url, timeout=0.4) as judging:
-        for future in [judging.submit("p", str(i)) for i in range(8)]:  # four at once: their first time-outs are enough
-            with pytest.raises(JudgeStop):
+        for future in [
+            judging.submit("p", str(i)) for i in range(8)
+        ]:  # four at once: their first time-outs are enough
+            with pytest.raises(ChatStop):
                 future.result(timeout=3)
     monkeypatch.setattr(judge, "BACKOFF", 0.0)
     monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.0)
     pattern = [reset(b""), reset(b""), reset(b""), http(503, "")] * 30
-    with scripted(*pattern, answer(GOOD)) as server, client(server.url, concurrency=1, retries=200) as judging:
-        assert judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE  # a 503 is a sign of life
+    with (
+        scripted(*pattern, answer(GOOD)) as server,
+        client(server.url, concurrency=1, retries=200) as judging,
+    ):
+        assert (
+            judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE
+        )  # a 503 is a sign of life
 
 
 def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_path):
     log, retries = tmp_path / "log.jsonl", 1
     faults = "429:0.1,500:0.1,reset:0.05,truncate:0.05"
-    process, url = offline.serve_in_background(faults=faults, seed=3, log=log)
+    process, url = judge.start_stand_in(faults=faults, seed=3, log=log)
     with process, client(url, retries=retries, concurrency=8) as judging:
         stories = [f"{CHECK_STORY} Number {i} was the last." for i in range(200)]
         futures = [judging.submit(CHECK_PROMPT, story) for story in stories]
-        verdicts = {offline.row_digest(CHECK_PROMPT, s): f.result() for s, f in zip(stories, futures, strict=True)}
+        verdicts = {
+            offline.row_digest(CHECK_PROMPT, s): f.result()
+            for s, f in zip(stories, futures, strict=True)
+        }
         stats = judging.stats()
         process.stdin.close()
     seen = {}
@@ -637,7 +754,9 @@ def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_p
         record = json.loads(line)
         seen.setdefault(record["digest"], []).append(record["outcome"])
     lost = {digest for digest, outcomes in seen.items() if outcomes[-1] != "ok"}
-    assert {digest for digest, v in verdicts.items() if v.score is None} == lost and 5 <= len(lost) <= 40
+    assert {digest for digest, v in verdicts.items() if v.score is None} == lost and 5 <= len(
+        lost
+    ) <= 40
     assert stats["failures"] == len(lost) and stats["retries"] == sum(map(len, seen.values())) - 200
     assert all(v.dimensions == {} and v.error for v in verdicts.values() if v.score is None)
 
@@ -697,7 +816,9 @@ def test_a_process_ends_though_its_judge_is_silent():
     with scripted(silence) as server:
         code = f"import judge; j = judge.Judge({server.url!r}, 'm'); j.submit('p', 's'); import time; time.sleep(0.3)"
         begin = time.monotonic()
-        subprocess.run([sys.executable, "-c", code], cwd=Path(judge.__file__).parent, check=True, timeout=20)
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(judge.__file__).parent, check=True, timeout=20
+        )
         assert time.monotonic() - begin < 5
 
 
@@ -705,7 +826,7 @@ def test_close_fails_what_is_pending():
     with scripted(silence) as server, client(server.url, timeout=30) as judging:
         future = judging.submit("p", "s")
         judging.close()
-        with pytest.raises(JudgeStop, match="closed"):
+        with pytest.raises(ChatStop, match="closed"):
             future.result(timeout=0)
 
 
@@ -732,7 +853,9 @@ def test_nothing_is_paid_twice(quick, tmp_path):
             )  # failures are not kept
             first = judging.submit("Write. It should be 90 words long.", "s").result()
         with client(server.url, cache=cache) as judging:
-            again = judging.submit("Write. It should be 1,200 words long.", "s").result()  # the judge sees the same
+            again = judging.submit(
+                "Write. It should be 1,200 words long.", "s"
+            ).result()  # the judge sees the same
             assert (again.score, again.raw, again.cached) == (first.score, first.raw, True)
             assert judging.stats()["calls"] == 0 and judging.stats()["cached"] == 1
             assert len(server.requests) == 3
@@ -747,7 +870,10 @@ def test_nothing_is_paid_twice(quick, tmp_path):
         with sqlite3.connect(cache) as db:
             db.execute("UPDATE verdicts SET raw = 'stored by another version'")
         with client(server.url, cache=cache) as judging:
-            assert judging.submit("Write.", "s").result().score == GOOD_SCORE and len(server.requests) == 8
+            assert (
+                judging.submit("Write.", "s").result().score == GOOD_SCORE
+                and len(server.requests) == 8
+            )
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -771,7 +897,7 @@ def test_the_cache_is_safe_for_four_processes(tmp_path):
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "bad").write_text("no database " * 100)
     for path in (tmp_path / "bad", tmp_path / "missing" / "cache"):
-        with pytest.raises(JudgeStop, match=re.escape(str(path))):
+        with pytest.raises(ChatStop, match=re.escape(str(path))):
             Judge("http://127.0.0.1:1/v1", "m", cache=path)
 
 
@@ -786,7 +912,7 @@ def test_keys(monkeypatch):
     ):
         assert judge.api_key("JUDGE_API_KEY", url) is None
     for url in ("https://api.openai.com/v1", "https://8.8.8.8/v1"):
-        with pytest.raises(JudgeStop, match="export JUDGE_API_KEY"):
+        with pytest.raises(ChatStop, match="export JUDGE_API_KEY"):
             judge.api_key("JUDGE_API_KEY", url)
     monkeypatch.setenv("JUDGE_API_KEY", KEY + "\n")
     assert judge.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
@@ -796,7 +922,12 @@ def test_keys(monkeypatch):
         with pytest.raises(ValueError, match="not shown") as caught:
             Judge("https://api.openai.com/v1", "m", bad)
         assert bad not in str(caught.value)
-    for url in ("api.openai.com/v1", "ftp://x/v1", f"https://me:{KEY}@host/v1", f"https://host/v1?key={KEY}"):
+    for url in (
+        "api.openai.com/v1",
+        "ftp://x/v1",
+        f"https://me:{KEY}@host/v1",
+        f"https://host/v1?key={KEY}",
+    ):
         with pytest.raises(ValueError) as caught:
             Judge(url, "m")
         assert KEY not in str(caught.value)
@@ -808,9 +939,15 @@ def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, m
     monkeypatch.setattr(judge, "is_local", lambda url: False)
     own = verdict_with(P1=3)
     own["P1"]["justification"] = f"Your key is {KEY}."
-    with scripted(answer(json.dumps(own))) as server, client(server.url, cache=tmp_path / "c.sqlite") as judging:
+    with (
+        scripted(answer(json.dumps(own))) as server,
+        client(server.url, cache=tmp_path / "c.sqlite") as judging,
+    ):
         verdict = judging.submit("p", "s").result()
-        assert verdict.dimensions["P1"]["justification"] == "Your key is ***." and KEY not in verdict.raw
+        assert (
+            verdict.dimensions["P1"]["justification"] == "Your key is ***."
+            and KEY not in verdict.raw
+        )
         head, _, body = server.requests[0].partition(b"\r\n\r\n")
         assert f"Authorization: Bearer {KEY}".encode() in head and KEY.encode() not in body
     with scripted(answer(GOOD)) as server, client(server.url, api_key=None) as judging:
@@ -836,7 +973,9 @@ def test_the_offline_judge_orders_drafts():
     rng = random.Random(5)
     words = TALE.split()
     shuffled = " ".join(rng.sample(words, len(words)))
-    letters = " ".join("".join(rng.choices("bcdfghjkqxzvw", k=rng.randint(2, 9))) for _ in range(60))
+    letters = " ".join(
+        "".join(rng.choices("bcdfghjkqxzvw", k=rng.randint(2, 9))) for _ in range(60)
+    )
     sentences = re.split(r"(?<=[.?]) (?=[A-Z])", TALE)
     assert 0.55 <= sq(TALE) <= 0.85
     assert 0.55 <= sq(CHECK_STORY, CHECK_PROMPT) <= 0.85
@@ -844,7 +983,8 @@ def test_the_offline_judge_orders_drafts():
     assert sq(letters) < -0.2 and sq("") < -0.5 and sq("?!… — ...") < -0.5
     assert sq(TALE[: len(TALE) * 2 // 3]) < sq(TALE) - 0.05
     assert (
-        sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man")) < sq(TALE) - 0.1
+        sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man"))
+        < sq(TALE) - 0.1
     )  # off the prompt
     assert sq(TALE.lower().replace(".", "")) < sq(TALE) - 0.15
     assert sq(TALE.replace('"', "", 1)) < sq(TALE) - 0.03  # an unpaired quotation mark
@@ -852,12 +992,24 @@ def test_the_offline_judge_orders_drafts():
     assert sq(" ".join([*sentences[:3], sentences[2], *sentences[3:]])) < sq(TALE)
     assert sq(" ".join([sentences[0]] * 6)) < 0.1
     assert sq("fox lantern mill " * 20) < 0 and sq("Fox, lantern, mill.") < sq(TALE) - 0.2
-    assert sq(" ".join("zorp" if i % 3 == 0 else "brrk" if i % 3 == 1 else w for i, w in enumerate(words))) < 0.2
+    assert (
+        sq(
+            " ".join(
+                "zorp" if i % 3 == 0 else "brrk" if i % 3 == 1 else w for i, w in enumerate(words)
+            )
+        )
+        < 0.2
+    )
 
 
 def test_the_offline_judge_does_not_pay_for_length():
     parts = CHECK_STORY.split("\n\n")
-    stories = [TALE, "\n\n".join(parts[:4]), CHECK_STORY, f"{CHECK_STORY}\n\n{TALE}"]  # 55 to 250 words
+    stories = [
+        TALE,
+        "\n\n".join(parts[:4]),
+        CHECK_STORY,
+        f"{CHECK_STORY}\n\n{TALE}",
+    ]  # 55 to 250 words
     scores = [sq(story, prompt="") for story in stories]
     assert max(scores) - min(scores) < 0.1
 
@@ -880,28 +1032,43 @@ def test_the_offline_judge_is_linear_in_hostile_text():
 
 
 def test_an_offline_verdict_fits_the_schema_and_quotes_the_story():
-    schema, verdict = judge.verdict_schema(), offline.offline_verdict(PROMPT, TALE + " The the the of.")
+    schema, verdict = (
+        judge.verdict_schema(),
+        offline.offline_verdict(PROMPT, TALE + " The the the of."),
+    )
     assert list(verdict) == schema["required"]
     for key, entry in verdict.items():
         inner = schema["properties"][key]
-        assert set(entry) == set(inner["required"]) == set(inner["properties"]) and entry["justification"]
+        assert (
+            set(entry) == set(inner["required"]) == set(inner["properties"])
+            and entry["justification"]
+        )
         assert 0 <= entry["score"] <= inner["properties"]["score"]["maximum"]
-        assert all(quote in TALE + " The the the of." and len(quote.split()) <= 12 for quote in entry["quotes"])
+        assert all(
+            quote in TALE + " The the the of." and len(quote.split()) <= 12
+            for quote in entry["quotes"]
+        )
         assert entry["quotes"] or not entry["score"] or key in POSITIVE
 
 
 def test_serve_with_the_openai_client():
     openai = pytest.importorskip("openai")
-    process, url = offline.serve_in_background()
+    process, url = judge.start_stand_in()
     with process:
         api = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         messages = judge.judge_messages(PROMPT, TALE, "m4rk")
-        reply = api.chat.completions.create(model="offline", messages=messages, response_format={"type": "json_object"})
+        reply = api.chat.completions.create(
+            model="offline", messages=messages, response_format={"type": "json_object"}
+        )
         assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE)
         assert (
-            reply.usage.prompt_tokens > 1000 and reply.choices[0].finish_reason == "stop" and reply.model == "offline"
+            reply.usage.prompt_tokens > 1000
+            and reply.choices[0].finish_reason == "stop"
+            and reply.model == "offline"
         )
-        parts = [{"role": "user", "content": [{"type": "text", "text": TALE}]}]  # a story on its own, in parts
+        parts = [
+            {"role": "user", "content": [{"type": "text", "text": TALE}]}
+        ]  # a story on its own, in parts
         reply = api.chat.completions.create(model="offline", messages=parts)
         assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE, "")
         for bad in ({"messages": []}, {"messages": "text"}):
@@ -914,11 +1081,13 @@ def test_serve_with_the_openai_client():
 
 
 def test_the_server_goes_with_a_killed_parent():
-    code = (
-        "import offline, os; p, url = offline.serve_in_background(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
-    )
+    code = "import judge, os; p, url = judge.start_stand_in(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(judge.__file__).parent, capture_output=True, text=True, timeout=20
+        [sys.executable, "-c", code],
+        cwd=Path(judge.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
     pid = int(run.stdout)
     for _ in range(100):
@@ -926,7 +1095,10 @@ def test_the_server_goes_with_a_killed_parent():
             os.kill(pid, 0)
         except ProcessLookupError:
             return
-        if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+        if (
+            Path(f"/proc/{pid}/stat").exists()
+            and Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+        ):
             return  # ended; nobody has fetched its status yet
         time.sleep(0.05)
     pytest.fail(f"the server {pid} is still there")
@@ -938,7 +1110,13 @@ def test_the_server_goes_with_a_killed_parent():
 def test_check_prints_what_a_judge_is_worth():
     run = run_cli("check", "--times", "2", "--judge-price-in", "0.5", "--judge-price-out", "3")
     assert run.returncode == 0 and not run.stderr
-    for words in ("10 of 10", "quotes found     100%", "0.000 when one draft", "Yes; it ranks the tale first", "$0.00"):
+    for words in (
+        "10 of 10",
+        "quotes found     100%",
+        "0.000 when one draft",
+        "Yes; it ranks the tale first",
+        "$0.00",
+    ):
         assert words in run.stdout, run.stdout
 
 
@@ -953,7 +1131,11 @@ def test_check_sees_a_judge_that_cannot_tell():
 def test_score_prints_a_verdict(tmp_path):
     (tmp_path / "story.txt").write_text(TALE)
     run = run_cli("score", str(tmp_path / "story.txt"), "--prompt", PROMPT)
-    assert run.returncode == 0 and all(d.name in run.stdout for d in RUBRIC) and "Story Quality" in run.stdout
+    assert (
+        run.returncode == 0
+        and all(d.name in run.stdout for d in RUBRIC)
+        and "Story Quality" in run.stdout
+    )
     run = run_cli("score", "-", "--prompt", PROMPT, "--json", input=TALE)
     assert json.loads(run.stdout)["score"] == sq(TALE)
 
@@ -979,7 +1161,11 @@ def test_no_key_in_what_a_command_prints():
     body = json.dumps({"error": {"message": f"bad key {KEY}"}})
     with scripted(http(401, body)) as server:
         run = run_cli("check", "--judge-url", server.url, env=os.environ | {"JUDGE_API_KEY": KEY})
-        assert run.returncode != 0 and "bad key ***" in run.stderr and KEY not in run.stdout + run.stderr
+        assert (
+            run.returncode != 0
+            and "bad key ***" in run.stderr
+            and KEY not in run.stdout + run.stderr
+        )
         assert f"Bearer {KEY}".encode() in server.requests[0]
 
 

@@ -23,7 +23,7 @@ from worlds import ROOT, World, polaris_main
 
 import data
 import judge
-import offline
+import mini.world as mini  # noqa: E402
 import polaris
 from policy import full_tensor
 
@@ -34,11 +34,16 @@ TINY += "--warm-steps 2 --warm-rows 4 --device cpu".split()
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
     """Twelve fables with reasoning traces."""
-    import mini
 
     path = tmp_path_factory.mktemp("data") / "stories.jsonl"
     lines = [
-        dict(uid=e.uid, prompt=e.prompt, target_words=e.target_words, story=e.story, reasoning="Begin, try, end.")
+        dict(
+            uid=e.uid,
+            prompt=e.prompt,
+            target_words=e.target_words,
+            story=e.story,
+            reasoning="Begin, try, end.",
+        )
         for e in mini.fables(12, seed=0)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -51,11 +56,16 @@ def read(path: Path) -> list[dict]:
 
 def numbers(out: Path) -> dict:
     """All that a run wrote, without the clock and the bill."""
-    metrics = [{k: v for k, v in line.items() if k not in ("time", "judge")} for line in read(out / "metrics.jsonl")]
+    metrics = [
+        {k: v for k, v in line.items() if k not in ("time", "judge")}
+        for line in read(out / "metrics.jsonl")
+    ]
     rows = read(out / "rollouts.jsonl") + read(out / "eval_stories.jsonl")
     for row in rows:
         row["verdict"] = {
-            k: v for k, v in row["verdict"].items() if k not in ("cached", "seconds", "tokens_in", "tokens_out")
+            k: v
+            for k, v in row["verdict"].items()
+            if k not in ("cached", "seconds", "tokens_in", "tokens_out")
         }
     return {"metrics": metrics, "rows": rows, "evals": read(out / "evals.jsonl")}
 
@@ -73,12 +83,20 @@ def checked_main(argv: list[str]) -> int:
         before = {name: p.clone() for name, p in run.copy.named_parameters()}
         taught.clear()
         result = step(run, number)
-        assert sorted(taught) == sorted(((r.prompt_ids, r.response_ids), r.advantage) for r in result[1])
+        assert sorted(taught) == sorted(
+            ((r.prompt_ids, r.response_ids), r.advantage) for r in result[1]
+        )
         for anchor in [r for r in result[1] if r.anchor]:
-            whole = data.encode_anchor(run.tokenizer, anchor.example, run.cfg.thinking, max_response=10**9)
+            whole = data.encode_anchor(
+                run.tokenizer, anchor.example, run.cfg.thinking, max_response=10**9
+            )
             assert anchor.response_ids == whole and anchor.advantage != 0
-        for (name, p), written in zip(run.policy.lm.named_parameters(), run.copy.parameters(), strict=True):
-            assert torch.equal(full_tensor(p), written), f"{name} of the copy is stale at step {number}"
+        for (name, p), written in zip(
+            run.policy.lm.named_parameters(), run.copy.parameters(), strict=True
+        ):
+            assert torch.equal(full_tensor(p), written), (
+                f"{name} of the copy is stale at step {number}"
+            )
         assert any(not torch.equal(before[name], p) for name, p in run.copy.named_parameters())
         return result
 
@@ -102,7 +120,9 @@ def main_killed_in_checkpoint(argv: list[str], folder: str) -> int:
 def wait_for_lines(path: Path, n: int, run: World) -> None:
     deadline = time.monotonic() + 200
     while not path.exists() or path.read_bytes().count(b"\n") < n:
-        assert all(rank.is_alive() for rank in run.ranks) and time.monotonic() < deadline, run.text()
+        assert all(rank.is_alive() for rank in run.ranks) and time.monotonic() < deadline, (
+            run.text()
+        )
         time.sleep(0.02)
 
 
@@ -113,7 +133,11 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
     assert run.wait() == [0, 0], run.text()
     metrics = read(whole / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert metrics[0]["anchors"] == 0 and metrics[1]["anchors"] == 2 and metrics[5]["anchor_weight"] == 0.4
+    assert (
+        metrics[0]["anchors"] == 0
+        and metrics[1]["anchors"] == 2
+        and metrics[5]["anchor_weight"] == 0.4
+    )
 
     # Killed in the middle of step 4 or so, then while the checkpoint of step 4 is written, then left alone.
     run = World(2, polaris_main, [*argv, "--out", str(broken)], log=tmp_path / "log")
@@ -132,32 +156,57 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
     assert run.wait() == [0, 0], run.text()
 
     assert numbers(broken) == numbers(whole)
-    one, other = load_file(whole / "model" / "model.safetensors"), load_file(broken / "model" / "model.safetensors")
+    one, other = (
+        load_file(whole / "model" / "model.safetensors"),
+        load_file(broken / "model" / "model.safetensors"),
+    )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
+        "step-000004",
+        "step-000006",
+    ]
 
     # Ranks see the same prompts and write the same stories, however many they are.
-    run = World(1, polaris_main, [*argv, "--out", str(tmp_path / "alone"), "--steps", "1"], log=tmp_path / "log")
+    run = World(
+        1,
+        polaris_main,
+        [*argv, "--out", str(tmp_path / "alone"), "--steps", "1"],
+        log=tmp_path / "log",
+    )
     assert run.wait() == [0], run.text()
     first = [r for r in read(whole / "rollouts.jsonl") if r["step"] == 1]
     alone = read(tmp_path / "alone" / "rollouts.jsonl")
     assert [(r["uid"], r["row"]) for r in alone] == [(r["uid"], r["row"]) for r in first]
-    assert sum(a["story"] == b["story"] for a, b in zip(alone, first, strict=True)) >= len(first) - 1
+    assert (
+        sum(a["story"] == b["story"] for a, b in zip(alone, first, strict=True)) >= len(first) - 1
+    )
 
 
 def group(uid: str, lengths: list[int], anchor: int = 0) -> list[polaris.Row]:
     """A group of drafts of so many tokens, and an anchor if it has any."""
     example = polaris.Example(uid, f"Write about {uid}.", 30, "It rained.")
-    drafts = [polaris.Row(example, k, False, [1], [2] * n, True, "", "It rained.") for k, n in enumerate(lengths)]
-    return drafts + [polaris.Row(example, len(lengths), True, [1], [2] * anchor, True, "", "It rained.")] * (anchor > 0)
+    drafts = [
+        polaris.Row(example, k, False, [1], [2] * n, True, "", "It rained.")
+        for k, n in enumerate(lengths)
+    ]
+    return drafts + [
+        polaris.Row(example, len(lengths), True, [1], [2] * anchor, True, "", "It rained.")
+    ] * (anchor > 0)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.lists(st.integers(1, 8192), min_size=2, max_size=6), st.integers(0, 8192)), min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 8192), min_size=2, max_size=6), st.integers(0, 8192)),
+        min_size=1,
+    )
+)
 def test_waves_take_whole_groups_those_that_ended_first_first_and_half_of_the_tokens_each(groups):
     drafted = [group(str(i), lengths, 0) for i, (lengths, _) in enumerate(groups)]
     anchors = [
-        row for i, (lengths, anchor) in enumerate(groups) for row in group(str(i), lengths, anchor)[len(lengths) :]
+        row
+        for i, (lengths, anchor) in enumerate(groups)
+        for row in group(str(i), lengths, anchor)[len(lengths) :]
     ]
     rows = [row for drafts in drafted for row in drafts] + anchors  # as `write` returns them
     parts = polaris.waves(rows)
@@ -165,7 +214,9 @@ def test_waves_take_whole_groups_those_that_ended_first_first_and_half_of_the_to
     uids = [{rows[i].example.uid for i in part} for part in parts]
     assert len(parts) == min(2, len(groups)) and sum(map(len, uids)) == len(groups)
     if len(parts) == 2:
-        early, late = ([max(groups[int(uid)][0]) for uid in part] for part in uids)  # when a group has ended
+        early, late = (
+            [max(groups[int(uid)][0]) for uid in part] for part in uids
+        )  # when a group has ended
         assert max(early) <= min(late)
         tokens = [sum(len(rows[i].response_ids) for i in part) for part in parts]
         largest = max(sum(lengths) + anchor for lengths, anchor in groups)
@@ -177,7 +228,9 @@ class Verdicts(dict):
 
     class Future(Future):
         def result(self, timeout=None):
-            assert self.done(), "the step waits for a verdict while it could learn from other groups"
+            assert self.done(), (
+                "the step waits for a verdict while it could learn from other groups"
+            )
             return super().result(timeout)
 
     def __init__(self, n: int):
@@ -194,7 +247,9 @@ def stubbed_step(monkeypatch):
     verdicts, log = Verdicts(9), []
 
     def accumulate(policy, ids, advantages, n_tokens, mesh, micro_tokens):
-        log.append(([len(response) for _, response in ids], [round(a, 3) for a in advantages], n_tokens))
+        log.append(
+            ([len(response) for _, response in ids], [round(a, 3) for a in advantages], n_tokens)
+        )
         for i in late:
             verdicts[i].set_result(scores[i])
         late.clear()
@@ -206,12 +261,19 @@ def stubbed_step(monkeypatch):
     monkeypatch.setattr(polaris, "apply", lambda *args: log.append("apply") or {})
     monkeypatch.setattr(polaris, "copy_weights", lambda *args: log.append("sync"))
     cfg = polaris.parse(["--no-anchor", "--prompts", "3", "--group", "3"])
-    run = SimpleNamespace(cfg=cfg, mesh=mesh, device=device, tokenizer=None, optimizer=None, copy=None)
+    run = SimpleNamespace(
+        cfg=cfg, mesh=mesh, device=device, tokenizer=None, optimizer=None, copy=None
+    )
     run.judge = SimpleNamespace(url="URL")
     run.policy, run.train = SimpleNamespace(lm=None), [rows[i].example for i in (0, 3, 6)]
 
     def step(answers: list, arrival: list[int]):
-        scores.update({i: judge.Verdict(score=score, error="" if score else "lost") for i, score in enumerate(answers)})
+        scores.update(
+            {
+                i: judge.Verdict(score=score, error="" if score else "lost")
+                for i, score in enumerate(answers)
+            }
+        )
         late.extend(i for i in arrival if 3 <= i < 6)
         for i in arrival:
             if i not in late:
@@ -223,7 +285,9 @@ def stubbed_step(monkeypatch):
 
 
 @pytest.mark.parametrize("arrival", [range(9), range(8, -1, -1), [4, 8, 0, 6, 5, 2, 7, 1, 3]])
-def test_the_group_that_ended_last_is_judged_while_the_step_learns_from_the_others(stubbed_step, arrival):
+def test_the_group_that_ended_last_is_judged_while_the_step_learns_from_the_others(
+    stubbed_step, arrival
+):
     step, log = stubbed_step
     metrics, rows = step([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.5, 0.4], arrival)
     assert log == [  # whatever order verdicts come in
@@ -232,22 +296,38 @@ def test_the_group_that_ended_last_is_judged_while_the_step_learns_from_the_othe
         "apply",
         "sync",
     ]
-    assert [row.advantage for row in rows] == pytest.approx([-1, 0, 1, -1, 0, 1, 1, 0, -1], abs=1e-3)
+    assert [row.advantage for row in rows] == pytest.approx(
+        [-1, 0, 1, -1, 0, 1, 1, 0, -1], abs=1e-3
+    )
     assert metrics["n"] == 9 and metrics["judge_failures"] == 0
 
 
-def test_failed_verdicts_are_counted_over_the_whole_step_and_stop_it_before_the_optimiser(stubbed_step):
+def test_failed_verdicts_are_counted_over_the_whole_step_and_stop_it_before_the_optimiser(
+    stubbed_step,
+):
     step, log = stubbed_step
-    with pytest.raises(judge.JudgeStop, match="5 of 9 stories of step 1 got no verdict.*lost"):
+    with pytest.raises(ChatStop, match="5 of 9 stories of step 1 got no verdict.*lost"):
         step([0.1, None, 0.3, None, None, None, 0.6, None, 0.4], range(9))
     assert len(log) == 2 and "apply" not in log
 
 
 def test_as_many_failures_as_allowed_in_one_wave_do_not_stop_the_step(stubbed_step):
     step, log = stubbed_step
-    _, rows = step([None, None, 0.3, 0.4, 0.5, 0.6, None, 0.7, None], range(9))  # four of six, and four of nine
+    _, rows = step(
+        [None, None, 0.3, 0.4, 0.5, 0.6, None, 0.7, None], range(9)
+    )  # four of six, and four of nine
     assert log[-2:] == ["apply", "sync"] and log[0][1] == [0] * 6
-    assert [row.reward is None for row in rows] == [True, True, False, False, False, False, True, False, True]
+    assert [row.reward is None for row in rows] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def main_whose_judge_goes_in_the_second_wave(argv: list[str]) -> int:
@@ -257,7 +337,7 @@ def main_whose_judge_goes_in_the_second_wave(argv: list[str]) -> int:
     def hears(run, rows, wave, verdicts, limit):
         for i in set(wave) & verdicts.keys() if begun else ():
             verdicts[i] = Future()
-            verdicts[i].set_exception(judge.JudgeStop("the judge is gone"))
+            verdicts[i].set_exception(ChatStop("the judge is gone"))
         return hear(run, rows, wave, verdicts, limit)
 
     polaris.hear = hears
@@ -268,7 +348,12 @@ def main_whose_judge_goes_in_the_second_wave(argv: list[str]) -> int:
 def test_a_judge_that_goes_in_the_middle_of_an_update_leaves_nothing_of_it(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     argv = [*TINY, "--steps", "1", "--warm-steps", "0", "--eval-prompts", "1"]
-    run = World(2, main_whose_judge_goes_in_the_second_wave, [*argv, "--out", str(broken)], log=tmp_path / "log")
+    run = World(
+        2,
+        main_whose_judge_goes_in_the_second_wave,
+        [*argv, "--out", str(broken)],
+        log=tmp_path / "log",
+    )
     assert run.wait() == [3, 3], run.text()
     assert "the judge is gone" in run.text()
     assert [p.name for p in (broken / "checkpoints").iterdir()] == ["step-000000"]
@@ -277,13 +362,18 @@ def test_a_judge_that_goes_in_the_middle_of_an_update_leaves_nothing_of_it(tmp_p
     run = World(2, polaris_main, [*argv, "--out", str(whole)], log=tmp_path / "log")
     assert run.wait() == [0, 0], run.text()
     assert numbers(broken) == numbers(whole)
-    one, other = load_file(whole / "model" / "model.safetensors"), load_file(broken / "model" / "model.safetensors")
+    one, other = (
+        load_file(whole / "model" / "model.safetensors"),
+        load_file(broken / "model" / "model.safetensors"),
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_path):
     log, out = tmp_path / "judge.jsonl", tmp_path / "run"
-    process, url = offline.serve_in_background(faults="500:0.15,reset:0.1,truncate:0.05", seed=1, log=str(log))
+    process, url = judge.start_stand_in(
+        faults="500:0.15,reset:0.1,truncate:0.05", seed=1, log=str(log)
+    )
     argv = [*TINY, "--out", str(out), "--steps", "4", "--judge-url", url, "--judge-retries", "0"]
     argv += ["--max-judge-failures", "1"]  # in steps of 8 rows, 30% faults may well take half
     run = World(4, polaris_main, argv, log=tmp_path / "log")
@@ -296,7 +386,9 @@ def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_
     for row in rows:
         if not row["story"].strip():
             continue  # nothing to judge
-        judged = offline.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
+        judged = (
+            offline.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
+        )
         assert (row["reward"] is not None) == judged
         assert (row["verdict"]["score"] is not None) == judged
         if not judged:
@@ -308,7 +400,7 @@ def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_
 
 def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_back(tmp_path):
     log, out = tmp_path / "judge.jsonl", tmp_path / "run"
-    process, url = offline.serve_in_background(log=str(log))
+    process, url = judge.start_stand_in(log=str(log))
     argv = [*TINY, "--out", str(out), "--judge-url", url, "--steps", "4", "--save-every", "10"]
     run = World(2, polaris_main, argv, log=tmp_path / "log")
     wait_for_lines(out / "metrics.jsonl", 2, run)
@@ -323,7 +415,9 @@ def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_bac
 
     def paid() -> list[str]:
         ok = [entry["digest"] for entry in read(log) if entry["outcome"] == "ok"]
-        return [digest for digest in ok if digest != ok[0]]  # the first is the check that every start makes
+        return [
+            digest for digest in ok if digest != ok[0]
+        ]  # the first is the check that every start makes
 
     with closing(sqlite3.connect(out / "verdicts.sqlite")) as kept:
         [[heard]] = kept.execute("SELECT COUNT(*) FROM verdicts")
@@ -345,22 +439,37 @@ def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_bac
     process.kill()
     assert [m["step"] for m in read(out / "metrics.jsonl")] == [1, 2, 3, 4]
     stories = {
-        offline.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"]) for r in read(out / "rollouts.jsonl")
+        offline.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"])
+        for r in read(out / "rollouts.jsonl")
     }
     assert sum(max(0, paid().count(digest) - 1) for digest in stories) <= lost
 
 
 def test_torchrun_without_anchors_leaves_all_that_the_readme_promises(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", ROOT / "polaris.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=4",
+        ROOT / "polaris.py",
+    ]
     command += [*TINY, "--steps", "2", "--no-anchor", "--out", str(out)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "words / asked" in done.stdout and str(out / "report.html") in done.stdout
     metrics = read(out / "metrics.jsonl")
-    assert all(m["anchors"] == 0 and m["anchor_weight"] == 0 and m["anchor_reward"] is None for m in metrics)
+    assert all(
+        m["anchors"] == 0 and m["anchor_weight"] == 0 and m["anchor_reward"] is None
+        for m in metrics
+    )
     rows = read(out / "rollouts.jsonl")
     assert len(rows) == 2 * 2 * 4 and not any(r["anchor"] for r in rows)
     assert {e["bucket"] for e in read(out / "evals.jsonl")} == {"1x", "2x", "3x"}
@@ -371,7 +480,10 @@ def test_torchrun_without_anchors_leaves_all_that_the_readme_promises(tmp_path):
 
 
 GOOD = dict(
-    uid="a", prompt="Write a story about rain. The story should be 30 words long.", target_words=30, story="It rained."
+    uid="a",
+    prompt="Write a story about rain. The story should be 30 words long.",
+    target_words=30,
+    story="It rained.",
 )
 
 
@@ -380,12 +492,22 @@ GOOD = dict(
     [
         (None, "--data nowhere.jsonl", 2, "nowhere.jsonl"),
         (['{"uid": "a"'], "--data d.jsonl", 2, "d.jsonl:1"),
-        ([json.dumps({k: v for k, v in GOOD.items() if k != "story"})], "--data d.jsonl", 2, "story"),
+        (
+            [json.dumps({k: v for k, v in GOOD.items() if k != "story"})],
+            "--data d.jsonl",
+            2,
+            "story",
+        ),
         ([json.dumps(GOOD | {"story": "<think>no</think> Rain."})], "--data d.jsonl", 2, "<think>"),
         ([json.dumps(GOOD | {"story": " "})], "--data d.jsonl", 2, "d.jsonl:1"),
         ([json.dumps(GOOD), json.dumps(GOOD)], "--data d.jsonl", 2, "d.jsonl:2"),
         ([json.dumps(GOOD)], "--data d.jsonl --thinking", 2, "reasoning"),
-        ([json.dumps({"uid": "a", "prompt": "Rain.", "story": "A."})], "--data d.jsonl", 2, "d.jsonl:1: the prompt"),
+        (
+            [json.dumps({"uid": "a", "prompt": "Rain.", "story": "A."})],
+            "--data d.jsonl",
+            2,
+            "d.jsonl:1: the prompt",
+        ),
         ([json.dumps(GOOD)], "--data d.jsonl", 2, "too few"),
         (None, "--preset paper", 2, "--data is missing"),
         (None, "--preset paper --data d.jsonl", 2, "--judge-url is missing"),
@@ -415,7 +537,10 @@ def test_bad_input_says_what_and_where_and_changes_nothing_on_disk(
 
 
 def test_on_four_ranks_what_is_wrong_is_said_once(tmp_path):
-    for argv, told in (["--data", "nowhere.jsonl"], "there is no such file"), (["--learning-rate", "1"], "usage:"):
+    for argv, told in (
+        (["--data", "nowhere.jsonl"], "there is no such file"),
+        (["--learning-rate", "1"], "usage:"),
+    ):
         run = World(4, polaris_main, argv, log=tmp_path / argv[0])
         assert run.wait() == [2] * 4
         assert run.text().count(told) == 1 and "Traceback" not in run.text()

@@ -8,7 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 from worlds import World, leave
 
 import data
@@ -19,7 +24,10 @@ from policy import collate, deal
 def rows_of(path: Path, examples, n: int):
     tokenizer = AutoTokenizer.from_pretrained(path)
     return [
-        (data.encode_prompt(tokenizer, e.prompt, False), data.encode_anchor(tokenizer, e, False, 999))
+        (
+            data.encode_prompt(tokenizer, e.prompt, False),
+            data.encode_anchor(tokenizer, e, False, 999),
+        )
         for e in examples[:n]
     ]
 
@@ -44,7 +52,9 @@ def updates(path, rows, advantages, splits, out):
             for part in (slice(cut), slice(cut, None))
         )
         metrics = apply(policy, optimizer, sums, n_tokens, grad_clip=1e9)
-        results.append(({name: full_tensor(p).clone() for name, p in policy.lm.named_parameters()}, metrics))
+        results.append(
+            ({name: full_tensor(p).clone() for name, p in policy.lm.named_parameters()}, metrics)
+        )
     if mesh.get_rank() == 0:
         torch.save(results, out)
     leave()
@@ -53,7 +63,9 @@ def updates(path, rows, advantages, splits, out):
 
 def updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes=1):
     out = tmp_path / "updates.pt"
-    run = World(world, updates, path, rows, advantages, splits, out, log=tmp_path / "log", nodes=nodes)
+    run = World(
+        world, updates, path, rows, advantages, splits, out, log=tmp_path / "log", nodes=nodes
+    )
     assert run.wait() == [0] * world, run.text()
     return torch.load(out)
 
@@ -70,7 +82,9 @@ def reference_gradient(path, rows, coefficients):
     return dict(model.named_parameters())
 
 
-def test_with_equal_drafts_the_update_is_the_weighted_gradient_of_the_anchor_alone(mini_model, tmp_path):
+def test_with_equal_drafts_the_update_is_the_weighted_gradient_of_the_anchor_alone(
+    mini_model, tmp_path
+):
     path, examples = mini_model
     rows = rows_of(path, examples, 6)
     rewards = torch.tensor([0.25] * 5 + [0.5])  # five equal drafts: no policy row has any advantage
@@ -93,9 +107,13 @@ def assert_is_gradient(before, after, wanted):
     assert (steps - gradients).norm() <= 1e-5 * gradients.norm()
 
 
-def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batches_and_parts(mini_model, tmp_path):
+def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batches_and_parts(
+    mini_model, tmp_path
+):
     path, examples = mini_model
-    rows = rows_of(path, examples, 11)  # no multiple of anything, so that some ranks have gaps to fill
+    rows = rows_of(
+        path, examples, 11
+    )  # no multiple of anything, so that some ranks have gaps to fill
     advantages = [(-1) ** i * (0.3 + 0.1 * i) for i in range(11)]
     advantages[4] = 0.0
     n_tokens = sum(len(response) for _, response in rows)
@@ -119,15 +137,30 @@ def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batc
 def test_a_gradient_that_is_not_finite_changes_no_weight(mini_model, tmp_path):
     path, examples = mini_model
     rows = rows_of(path, examples, 2)
-    run = World(2, updates, path, rows, [float("nan"), 1.0], [(999, 0)], tmp_path / "x", log=tmp_path / "log")
+    run = World(
+        2,
+        updates,
+        path,
+        rows,
+        [float("nan"), 1.0],
+        [(999, 0)],
+        tmp_path / "x",
+        log=tmp_path / "log",
+    )
     assert run.wait() == [1, 1]
     assert "FloatingPointError: the gradient norm is nan: no update was made" in run.text()
     assert not (tmp_path / "x").exists()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.integers(2, 9000), min_size=1, max_size=60), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 40000))
-def test_dealing_takes_every_row_once_gives_equal_numbers_of_micro_batches_and_balances_tokens(lengths, world, budget):
+@given(
+    st.lists(st.integers(2, 9000), min_size=1, max_size=60),
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.integers(1, 40000),
+)
+def test_dealing_takes_every_row_once_gives_equal_numbers_of_micro_batches_and_balances_tokens(
+    lengths, world, budget
+):
     dealt = deal(lengths, world, budget)
     assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(len(lengths)))
     assert len({len(rank) for rank in dealt}) == 1 and len(dealt) == world
@@ -135,7 +168,9 @@ def test_dealing_takes_every_row_once_gives_equal_numbers_of_micro_batches_and_b
         for batch in rank:
             assert len(batch) <= 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     loads = [sum(lengths[i] for batch in rank for i in batch) for rank in dealt]
-    assert max(loads) - min(loads) <= max(lengths)  # longest-first dealing never differs by more than one row
+    assert max(loads) - min(loads) <= max(
+        lengths
+    )  # longest-first dealing never differs by more than one row
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -157,18 +192,27 @@ def test_every_response_token_is_trained_once_with_its_rows_coefficient_and_noth
     width = ids.shape[1]
     predicted = [(p // width, p % width + 1) for p in positions.tolist()]
     assert [ids[b, t].item() for b, t in predicted] == targets.tolist()
-    assert predicted == [(b, t) for b, (p, r, _) in enumerate(rows) for t in range(len(p), len(p) + len(r))], (
-        "prompt or padding is trained, or a response token (EOS, the last) is not"
-    )
+    assert predicted == [
+        (b, t) for b, (p, r, _) in enumerate(rows) for t in range(len(p), len(p) + len(r))
+    ], "prompt or padding is trained, or a response token (EOS, the last) is not"
 
 
 def image_text_checkpoint(path: Path, tokenizer_from: Path) -> None:
     """A tiny random checkpoint of Qwen3.5's image–text class, in two files as large ones are."""
     text = json.loads((tokenizer_from / "config.json").read_text())
     config = Qwen3_5Config(
-        text_config={k: v for k, v in text.items() if k not in ("architectures", "transformers_version", "dtype")},
+        text_config={
+            k: v
+            for k, v in text.items()
+            if k not in ("architectures", "transformers_version", "dtype")
+        },
         vision_config=dict(
-            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16
+            depth=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_heads=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
         ),
     )
     torch.manual_seed(5)
@@ -177,17 +221,26 @@ def image_text_checkpoint(path: Path, tokenizer_from: Path) -> None:
 
 
 def tensors_of(path: Path) -> dict:
-    return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(path.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
-def test_an_image_text_checkpoint_comes_back_whole_with_only_its_language_tensors_changed(mini_model, tmp_path):
+def test_an_image_text_checkpoint_comes_back_whole_with_only_its_language_tensors_changed(
+    mini_model, tmp_path
+):
     from worlds import polaris_main
 
     start, examples = mini_model
     source, out, stories = tmp_path / "vl", tmp_path / "run", tmp_path / "data.jsonl"
     image_text_checkpoint(source, start)
     assert len(list(source.glob("*.safetensors"))) > 1
-    lines = [dict(uid=e.uid, prompt=e.prompt, target_words=e.target_words, story=e.story) for e in examples[:8]]
+    lines = [
+        dict(uid=e.uid, prompt=e.prompt, target_words=e.target_words, story=e.story)
+        for e in examples[:8]
+    ]
     stories.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = f"--model {source} --data {stories} --out {out} --steps 2 --prompts 2 --group 3 --warm-steps 0".split()
     run = World(2, polaris_main, [*argv, "--max-response", "24"], log=tmp_path / "log")
@@ -195,11 +248,16 @@ def test_an_image_text_checkpoint_comes_back_whole_with_only_its_language_tensor
 
     before, after = tensors_of(source), tensors_of(out / "model")
     assert before.keys() == after.keys()
-    assert all(before[name].dtype == after[name].dtype and before[name].shape == after[name].shape for name in before)
+    assert all(
+        before[name].dtype == after[name].dtype and before[name].shape == after[name].shape
+        for name in before
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     language = {name for name in before if "language_model" in name or name == "lm_head.weight"}
     assert changed <= language and len(changed) > len(language) / 2
-    loaded, info = Qwen3_5ForConditionalGeneration.from_pretrained(out / "model", output_loading_info=True)
+    loaded, info = Qwen3_5ForConditionalGeneration.from_pretrained(
+        out / "model", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded.state_dict()["lm_head.weight"], after["lm_head.weight"])
     assert AutoModelForCausalLM.from_pretrained(out / "model").num_parameters() > 0

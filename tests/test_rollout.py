@@ -59,11 +59,23 @@ DELTA = dict(
 )
 MODELS = {
     "qwen2": lambda **kw: Qwen2ForCausalLM(Qwen2Config(**COMMON | dict(num_hidden_layers=2) | kw)),
-    "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**COMMON | dict(num_hidden_layers=2, head_dim=16) | kw)),
+    "qwen3": lambda **kw: Qwen3ForCausalLM(
+        Qwen3Config(**COMMON | dict(num_hidden_layers=2, head_dim=16) | kw)
+    ),
     "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**COMMON | dict(num_hidden_layers=2) | kw)),
-    "qwen3.5": lambda **kw: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**COMMON | DELTA | dict(num_hidden_layers=4) | kw)),
+    "qwen3.5": lambda **kw: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(**COMMON | DELTA | dict(num_hidden_layers=4) | kw)
+    ),
 }
-PROMPTS = [[5, 9, 2, 44, 7], [3], [5, 9, 2, 44, 7], [8, 8], list(range(20, 59)), [5, 9, 2, 44, 7], [60, 0, 1]]
+PROMPTS = [
+    [5, 9, 2, 44, 7],
+    [3],
+    [5, 9, 2, 44, 7],
+    [8, 8],
+    list(range(20, 59)),
+    [5, 9, 2, 44, 7],
+    [60, 0, 1],
+]
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=40)
 
 
@@ -135,7 +147,9 @@ def test_greedy_is_generates_token_for_token(model, penalty):
     for r, prompt in zip(generate(model, PROMPTS, [0] * 7, sampling, eos), PROMPTS, strict=True):
         want = reference(model, prompt, sampling, eos)
         assert (r.ids, r.finished) == (want, want[-1] in eos)
-    for r, prompt in zip(generate(model, PROMPTS, [0] * 7, sampling, eos[0]), PROMPTS, strict=True):  # a bare id
+    for r, prompt in zip(
+        generate(model, PROMPTS, [0] * 7, sampling, eos[0]), PROMPTS, strict=True
+    ):  # a bare id
         text = free[tuple(prompt)]
         assert r.ids == (text[: text.index(eos[0]) + 1] if eos[0] in text else text)
 
@@ -172,7 +186,9 @@ def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
     st.sampled_from([0.05, 0.3, 0.9, 0.95, 1.0]),
     st.sampled_from([0.8, 1.0, 1.1, 2.0]),
 )
-def test_sample_has_the_distribution_of_transformers_processors(seed, temperature, top_k, top_p, penalty):
+def test_sample_has_the_distribution_of_transformers_processors(
+    seed, temperature, top_k, top_p, penalty
+):
     """Over n equally spaced u, a token of probability p must come up n p times, up to its two interval ends."""
     g = torch.Generator().manual_seed(seed)
     n, vocab = 2048, 40
@@ -196,7 +212,10 @@ def test_sample_has_the_distribution_of_transformers_processors(seed, temperatur
 
 def test_sampled_texts_have_the_models_distribution(hybrid):
     """Chi-square of 3,000 two-token texts against the exact joint probabilities."""
-    n, s = 3000, Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2)
+    n, s = (
+        3000,
+        Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2),
+    )
     prompt = PROMPTS[0]
 
     def next_token(text):
@@ -207,7 +226,11 @@ def test_sampled_texts_have_the_models_distribution(hybrid):
         z = TopPLogitsWarper(s.top_p)(history, TopKLogitsWarper(s.top_k)(history, z))
         return {t: p for t, p in enumerate(z.softmax(-1)[0].tolist()) if p}
 
-    want = {(a, b): pa * pb for a, pa in next_token(prompt).items() for b, pb in next_token([*prompt, a]).items()}
+    want = {
+        (a, b): pa * pb
+        for a, pa in next_token(prompt).items()
+        for b, pb in next_token([*prompt, a]).items()
+    }
     got = [tuple(r.ids) for r in generate(hybrid, [prompt] * n, seeds(n), s, ())]
     assert set(got) <= set(want)
     common = [k for k, p in want.items() if n * p >= 5]
@@ -231,7 +254,9 @@ def test_uniforms_are_splitmix64():
     many = torch.stack([uniforms(s, 1000) for s in seeds(50)]).double()
     assert 0 <= many.min() and many.max() < 1
     assert abs(many.mean() - 0.5) < 0.005 and abs(many.var() - 1 / 12) < 0.002
-    assert torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2  # rows know nothing of each other
+    assert (
+        torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
+    )  # rows know nothing of each other
 
 
 def test_row_seed_is_stable_and_tells_every_argument_apart():
@@ -248,7 +273,9 @@ def test_row_seed_is_stable_and_tells_every_argument_apart():
 def stories(model, order, **kw):
     """The sampled texts of PROMPTS, computed in the given order, returned by prompt."""
     s = Sampling(max_new_tokens=60)
-    out = generate(model, [PROMPTS[i] for i in order], [seeds(9)[i] for i in order], s, (11, 12), **kw)
+    out = generate(
+        model, [PROMPTS[i] for i in order], [seeds(9)[i] for i in order], s, (11, 12), **kw
+    )
     return {i: r.ids for i, r in zip(order, out, strict=True)}
 
 
@@ -259,7 +286,9 @@ def told(model):
 
 def test_a_story_does_not_depend_on_its_company(model, told):
     n = len(PROMPTS)
-    assert len({len(t) for t in told.values()}) > 2, "rows must end at different times for this to test anything"
+    assert len({len(t) for t in told.values()}) > 2, (
+        "rows must end at different times for this to test anything"
+    )
     assert told[0] != told[2], "two seeds, one prompt"
     assert stories(model, range(n)) == told
     assert stories(model, range(n)[::-1]) == told
@@ -294,9 +323,13 @@ class Tape(TorchDispatchMode):
             t.copy_(old)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in BREAK_A_CAPTURE, f"{func}: the step reads from the device, or brings host data to it"
+        assert func not in BREAK_A_CAPTURE, (
+            f"{func}: the step reads from the device, or brings host data to it"
+        )
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "how many are True only the device knows"
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), (
+                "how many are True only the device knows"
+            )
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
@@ -305,7 +338,9 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                if (
+                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # neither a view nor in place
                     old.copy_(new)
 
     def pool(self):
@@ -317,7 +352,9 @@ def as_on_a_gpu(monkeypatch):
     captured = []
 
     def capture(step, pool):
-        assert (pool is None) == (not step.func.__self__.graphs)  # one pool for all graphs of a decoder
+        assert (pool is None) == (
+            not step.func.__self__.graphs
+        )  # one pool for all graphs of a decoder
         captured.append(step.args)
         return Tape(step)
 
@@ -335,10 +372,14 @@ def test_a_story_does_not_depend_on_the_pace(model, told, monkeypatch, max_rows)
     model = copy.deepcopy(model)  # a model without a decoder yet
     assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
     assert len(captured) == len(set(captured)) > 2
-    assert {rows for rows, _ in captured} <= {7, 4, 3, 2, 1} and all(bucket % 16 == 0 for _, bucket in captured)
+    assert {rows for rows, _ in captured} <= {7, 4, 3, 2, 1} and all(
+        bucket % 16 == 0 for _, bucket in captured
+    )
     n = len(captured)
     assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
-    assert len(captured) - n <= 2, "the second call finds its graphs (a shape seen fewer than 3 times has none yet)"
+    assert len(captured) - n <= 2, (
+        "the second call finds its graphs (a shape seen fewer than 3 times has none yet)"
+    )
 
 
 def test_no_row_runs_over_its_end(hybrid, monkeypatch):
@@ -354,14 +395,18 @@ def test_no_row_runs_over_its_end(hybrid, monkeypatch):
 def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
     calls = []
     prefill = rollout.Decoder.prefill
-    monkeypatch.setattr(rollout.Decoder, "prefill", lambda d, tokens: calls.append(tokens) or prefill(d, tokens))
+    monkeypatch.setattr(
+        rollout.Decoder, "prefill", lambda d, tokens: calls.append(tokens) or prefill(d, tokens)
+    )
     rollout._decoders.clear()
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
 
 
-def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(monkeypatch):
+def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(
+    monkeypatch,
+):
     """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would starve the update."""
     model, held = make("qwen3.5"), []
 
@@ -395,7 +440,14 @@ def test_on_finish_and_progress(hybrid):
 
     s = Sampling(max_new_tokens=60)
     out = generate(
-        hybrid, PROMPTS, seeds(len(PROMPTS)), s, (11, 12), on_finish=on_finish, progress=counts.append, max_rows=0
+        hybrid,
+        PROMPTS,
+        seeds(len(PROMPTS)),
+        s,
+        (11, 12),
+        on_finish=on_finish,
+        progress=counts.append,
+        max_rows=0,
     )
     assert sorted(seen) == [r.row for r in out] == list(range(len(PROMPTS)))
     assert lengths == sorted(lengths), "all started together, so the shorter ended earlier"
@@ -451,7 +503,9 @@ def test_the_model_is_left_as_it_was(hybrid):
     loss = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
     loss.backward()  # nothing that decoding made is in the way of training
     assert all(p.grad is not None for p in model.parameters())
-    assert ids(generate(model, [[1, 2]], [0], GREEDY, ())) == [reference(model.eval(), [1, 2], GREEDY, None)]
+    assert ids(generate(model, [[1, 2]], [0], GREEDY, ())) == [
+        reference(model.eval(), [1, 2], GREEDY, None)
+    ]
 
 
 def test_kernels_line(hybrid):
@@ -489,7 +543,10 @@ def test_rollouts_follow_the_policy(captures, monkeypatch):
         previous = got
         perturb(policy)
     assert where == [p.data_ptr() for p in twin.parameters()]
-    twin, policy = twin.double(), policy.double()  # other tensors: a decoder that reads the old ones must not be used
+    twin, policy = (
+        twin.double(),
+        policy.double(),
+    )  # other tensors: a decoder that reads the old ones must not be used
     copy_weights(policy, twin)
     assert stories() == [reference(policy, p, s, None) for p in PROMPTS[:4]]
 
@@ -498,7 +555,9 @@ def test_copy_weights_refuses_what_does_not_match():
     policy = make("llama")
     with pytest.raises(ValueError, match="layers.2"):
         copy_weights(policy, make("llama", num_hidden_layers=3))
-    with pytest.raises(ValueError, match="embed_tokens.weight is .61, 32. in the policy and .62, 32. in the copy"):
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight is .61, 32. in the policy and .62, 32. in the copy"
+    ):
         copy_weights(policy, make("llama", vocab_size=62))
     tied = make("llama", tie_word_embeddings=True)
     with pytest.raises(ValueError, match="lm_head.weight is tied"):
@@ -512,7 +571,10 @@ def _shards_to_copies(rank, world, path):
     torch.set_num_threads(1)
     for tie, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         whole = make("qwen3.5", tie_word_embeddings=tie)
-        policy, twin = make("qwen3.5", tie_word_embeddings=tie), make("qwen3.5", seed=1, tie_word_embeddings=tie)
+        policy, twin = (
+            make("qwen3.5", tie_word_embeddings=tie),
+            make("qwen3.5", seed=1, tie_word_embeddings=tie),
+        )
         twin.to(dtype)
         root = nn.Sequential(policy)  # a trainer's wrapper; the policy inside is what is copied
         for layer in policy.model.layers:
@@ -523,7 +585,9 @@ def _shards_to_copies(rank, world, path):
             perturb(policy)
             perturb(whole)
             copy_weights(policy, twin)
-            for (name, ours), theirs in zip(whole.named_parameters(), twin.parameters(), strict=True):
+            for (name, ours), theirs in zip(
+                whole.named_parameters(), twin.parameters(), strict=True
+            ):
                 assert torch.equal(ours.to(dtype), theirs), (rank, name)
     leave()
 

@@ -70,7 +70,9 @@ class World:
         if stuck := [p for p in self.ranks if p.is_alive()]:
             for process in stuck:
                 process.kill()
-            raise TimeoutError(f"{len(stuck)} ranks did not end in {seconds} s:\n{self.text()[-3000:]}")
+            raise TimeoutError(
+                f"{len(stuck)} ranks did not end in {seconds} s:\n{self.text()[-3000:]}"
+            )
         return [process.exitcode for process in self.ranks]
 
     def text(self) -> str:

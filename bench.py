@@ -1,9 +1,9 @@
 """Benchmarks: each in one run on the same tensors, beside the peers it can import, in units of the device's limits.
 
-    python tests/bench.py logprob            log-probs of the vocabulary head, forward and backward
-    python tests/bench.py rollout            sampling, beside transformers' generate
-    python tests/bench.py step               one rank's share of a published training step, with a slow judge
-    python tests/bench.py memory             what a GPU of the published run holds, part by part: counted, not measured
+    python bench.py logprob            log-probs of the vocabulary head, forward and backward
+    python bench.py rollout            sampling, beside transformers' generate
+    python bench.py step               one rank's share of a published training step, with a slow judge
+    python bench.py memory             what a GPU of the published run holds, part by part: counted, not measured
 
 A run prints Markdown tables; its last line is JSON with the same numbers. Times are medians after a warm-up.
 The limits are measured too: the matrix rate (best of large square GEMMs), the copy bandwidth (bytes read + written).
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import grpo  # noqa: E402
 import rollout  # noqa: E402
@@ -67,14 +66,19 @@ def matrix_rate(device, dtype):
     """Flops per second of the fastest of some large square GEMMs in `dtype`."""
     rates = []
     for n in (4096, 8192, 12288) if device.type == "cuda" else (1024, 2048):
-        a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+        a, b = (
+            torch.randn(n, n, device=device).to(dtype),
+            torch.randn(n, n, device=device).to(dtype),
+        )
         rates.append(2 * n**3 / seconds(lambda a=a, b=b: a @ b, device, repeats=7))
     return max(rates)
 
 
 def copy_bandwidth(device):
     """Bytes per second, read and written, of a copy far larger than any cache."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)  # 4 GiB or 256 MiB
+    source = torch.ones(
+        2**30 if device.type == "cuda" else 2**26, device=device
+    )  # 4 GiB or 256 MiB
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
 
@@ -92,7 +96,9 @@ def extra_memory(function, device):
         function()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the call could fill free pages that the process still holds
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # or the call could fill free pages that the process still holds
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     function()
@@ -115,12 +121,20 @@ def table(rows):
     def text(x):
         if not isinstance(x, float):
             return "–" if x is None else str(x)
-        return f"{x:.1e}" if 0 < abs(x) < 1e-2 else f"{x:,.{max(0, 2 - len(str(int(abs(x)))) + (abs(x) < 10))}f}"
+        return (
+            f"{x:.1e}"
+            if 0 < abs(x) < 1e-2
+            else f"{x:,.{max(0, 2 - len(str(int(abs(x)))) + (abs(x) < 10))}f}"
+        )
 
     lines = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for i, line in enumerate(lines):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        print(
+            "| "
+            + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            + " |"
+        )
         if i == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     print(flush=True)
@@ -133,7 +147,17 @@ def progress(text):
 # ------------------------------------------------------------------------------------------------------------- logprob
 
 
-HEAD_COLUMNS = "", "GEMMs", "ms", "x its GEMMs", "extra GB", "error logp", "error d hidden", "error d weight", "note"
+HEAD_COLUMNS = (
+    "",
+    "GEMMs",
+    "ms",
+    "x its GEMMs",
+    "extra GB",
+    "error logp",
+    "error d hidden",
+    "error d weight",
+    "note",
+)
 
 
 def logprob(args):
@@ -157,7 +181,9 @@ def logprob(args):
             calls.append(partial(forward_backward, run, inputs))
             rows[-1]["note"] = check_head(rows[-1], run, calls[-1], reference, device)
         times = [[] for _ in rows]
-        for turn in range(args.repeats):  # in turns, so that a busy moment of the machine hits all alike
+        for turn in range(
+            args.repeats
+        ):  # in turns, so that a busy moment of the machine hits all alike
             progress(f"turn {turn + 1} of {args.repeats}")
             rate = max(rate, matrix_rate(device, dtype))
             for row, call, took in zip(rows, calls, times, strict=True):
@@ -186,13 +212,17 @@ def logprob(args):
             call = partial(forward_backward, run, inputs)
             try:
                 call()  # kernels compiled, workspaces there
-                row[f"N {n:,}"] = (extra_memory(call, device) - sum(x.nbytes for x in inputs[:2])) / 1e9
+                row[f"N {n:,}"] = (
+                    extra_memory(call, device) - sum(x.nbytes for x in inputs[:2])
+                ) / 1e9
             except Exception as error:
                 row[f"N {n:,}"] = failure(run, error)
         result["memory"].append(row)
     print(f"Extra GB beyond inputs and gradients, H {h:,}, V {v:,}, {dtype}\n")
     table(result["memory"])
-    print(f"{name}; torch {torch.__version__}; {rate / 1e12:.3g} Tflop/s in {dtype}; copy {bandwidth / 1e9:.4g} GB/s\n")
+    print(
+        f"{name}; torch {torch.__version__}; {rate / 1e12:.3g} Tflop/s in {dtype}; copy {bandwidth / 1e9:.4g} GB/s\n"
+    )
     return result | {"matrix_tflops": rate / 1e12, "copy_gb_s": bandwidth / 1e9}
 
 
@@ -239,7 +269,11 @@ def forward_backward(run, inputs):
 def head_reference(hidden, weight, targets, coef, rows=256):
     """The same in fp64 from the definition, a few rows at a time."""
     w = weight.double()
-    logp, dh, dw = torch.empty_like(coef, dtype=w.dtype), torch.empty_like(hidden, dtype=w.dtype), torch.zeros_like(w)
+    logp, dh, dw = (
+        torch.empty_like(coef, dtype=w.dtype),
+        torch.empty_like(hidden, dtype=w.dtype),
+        torch.zeros_like(w),
+    )
     for part in torch.arange(len(hidden), device=w.device).split(rows):
         h, y, c = hidden[part].double(), targets[part, None], coef[part, None].double()
         logps = (h @ w.T).log_softmax(1)
@@ -253,7 +287,9 @@ def head_reference(hidden, weight, targets, coef, rows=256):
 def relative_error(got, want):
     """max |got - want| / max |want|, a few rows at a time."""
     pairs = list(zip(got.split(4096), want.split(4096), strict=True))
-    return max(float((a.double() - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)
+    return max(float((a.double() - b).abs().max()) for a, b in pairs) / max(
+        float(b.abs().max()) for _, b in pairs
+    )
 
 
 def usual_code(hidden, weight, targets, coef):
@@ -274,20 +310,28 @@ def one_sweep(hidden, weight, targets, coef, backend):
     return grpo.onpolicy_loss(hidden, weight, targets, coef, backend=backend)[:2]
 
 
-OURS = [partial(f, backend=backend) for f in (two_passes, one_sweep) for backend in ("chunked", "triton")]
+OURS = [
+    partial(f, backend=backend)
+    for f in (two_passes, one_sweep)
+    for backend in ("chunked", "triton")
+]
 
 
 def liger(hidden, weight, targets, coef):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)(weight, hidden, targets)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)(
+        weight, hidden, targets
+    )
     return -(coef * loss).sum(), -loss
 
 
 def liger_sum(hidden, weight, targets, coef):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(weight, hidden, targets)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(
+        weight, hidden, targets
+    )
     return loss, loss
 
 
@@ -300,13 +344,24 @@ def cut_cross_entropy(hidden, weight, targets, coef):
 
 def implementations(gpu):
     """Label -> (GEMMs of the scheme, function(hidden, weight, targets, coef) -> (loss, logp) or why there is none)."""
-    have = {module: importlib.util.find_spec(module) for module in ("triton", "liger_kernel", "cut_cross_entropy")}
-    compiled = torch.compile(usual_code, dynamic=False) if gpu or shutil.which("g++") else "needs g++"
+    have = {
+        module: importlib.util.find_spec(module)
+        for module in ("triton", "liger_kernel", "cut_cross_entropy")
+    }
+    compiled = (
+        torch.compile(usual_code, dynamic=False) if gpu or shutil.which("g++") else "needs g++"
+    )
     chunked_2, triton_2, chunked_1, triton_1 = OURS
     if not (gpu and have["triton"]):
         triton_2 = triton_1 = "needs a GPU and Triton"
-    ligers = [liger, liger_sum] if gpu and have["liger_kernel"] else ["needs a GPU and liger-kernel"] * 2
-    cce = cut_cross_entropy if gpu and have["cut_cross_entropy"] else "needs a GPU and cut-cross-entropy"
+    ligers = (
+        [liger, liger_sum] if gpu and have["liger_kernel"] else ["needs a GPU and liger-kernel"] * 2
+    )
+    cce = (
+        cut_cross_entropy
+        if gpu and have["cut_cross_entropy"]
+        else "needs a GPU and cut-cross-entropy"
+    )
     return {
         "naive": (3, usual_code),
         "naive, torch.compile": (3, compiled),
@@ -331,7 +386,12 @@ TINY = dict(
     num_key_value_heads=2,
     head_dim=32,
 )
-DELTA = dict(linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4)
+DELTA = dict(
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
 
 
 def random_model(name, device):
@@ -339,13 +399,17 @@ def random_model(name, device):
     from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
 
     config = {
-        "tiny": lambda: Qwen3_5TextConfig(**TINY, **DELTA),  # three delta-rule layers to one of attention, as the 9B
+        "tiny": lambda: Qwen3_5TextConfig(
+            **TINY, **DELTA
+        ),  # three delta-rule layers to one of attention, as the 9B
         "tiny-attention": lambda: Qwen3Config(**TINY),
         "9b": lambda: Qwen3_5TextConfig(),  # its defaults are the 9B's shape
     }[name]()
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if name == "9b" else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if name == "9b" else torch.float32
+        )
     model.generation_config.eos_token_id = None  # every row writes all its tokens
     return model.eval()
 
@@ -358,7 +422,14 @@ def step_bytes(model, rows, length):
     if not config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.nbytes  # a few rows of it are looked up
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    cache = kinds.count("full_attention") * 2 * config.num_key_value_heads * config.head_dim * length * size
+    cache = (
+        kinds.count("full_attention")
+        * 2
+        * config.num_key_value_heads
+        * config.head_dim
+        * length
+        * size
+    )
     if delta := kinds.count("linear_attention"):
         k, v = config.linear_key_head_dim, config.linear_value_head_dim
         heads_k, heads_v = config.linear_num_key_heads, config.linear_num_value_heads
@@ -401,8 +472,16 @@ def decode_table(model, prompt, rows, runs, repeats, bandwidth):
     lines = []
     for (label, n), took in times.items():
         s, moved = min(took[1:]) / n, step_bytes(model, rows, len(prompt) + n / 2)
-        line = {"": label, "tokens a row": n, "first call, s": took[0], "tokens/s": rows / s, "ms a step": s * 1e3}
-        lines.append(line | {"GB a step": moved / 1e9, "% of the floor": 100 * moved / bandwidth / s})
+        line = {
+            "": label,
+            "tokens a row": n,
+            "first call, s": took[0],
+            "tokens/s": rows / s,
+            "ms a step": s * 1e3,
+        }
+        lines.append(
+            line | {"GB a step": moved / 1e9, "% of the floor": 100 * moved / bandwidth / s}
+        )
     return lines
 
 
@@ -424,7 +503,9 @@ def decoding(args):
         runs = {("rollout.generate", n): write for n in lengths}
         runs["transformers generate", peer] = functools.partial(write_by_transformers, None)
         if args.static:
-            runs["transformers generate, static cache", peer] = functools.partial(write_by_transformers, "static")
+            runs["transformers generate, static cache", peer] = functools.partial(
+                write_by_transformers, "static"
+            )
         lines = decode_table(model, prompt, args.rows, runs, repeats, bandwidth)
         if decode.FUSED[device.type]:
             decode.FUSED[device.type] = False
@@ -434,19 +515,30 @@ def decoding(args):
             decode.FUSED[device.type] = True
         usual = next(line["tokens/s"] for line in lines if line[""] == "transformers generate")
         lines = [line | {"x generate": line["tokens/s"] / usual} for line in lines]
-        print(f"{label}: {size / 1e6:,.2f} M parameters, {args.rows} rows, prompt {args.prompt}; {kernels}\n")
+        print(
+            f"{label}: {size / 1e6:,.2f} M parameters, {args.rows} rows, prompt {args.prompt}; {kernels}\n"
+        )
         table(lines)
         results.append({"model": label, "parameters": size, "kernels": kernels, "rows": lines})
         del model
         gc.collect()
-    head = {"bench": "rollout", "device": name, "torch": torch.__version__, "copy GB/s": bandwidth / 1e9}
+    head = {
+        "bench": "rollout",
+        "device": name,
+        "torch": torch.__version__,
+        "copy GB/s": bandwidth / 1e9,
+    }
     return head | {"rows": args.rows, "prompt": args.prompt, "models": results}
 
 
 # --------------------------------------------------------------------------------------------------------------- step
 
 PAPER_STEPS, PAPER_HOURS, PAPER_RANKS = 173, 48, 4
-A100 = {"copy": 1.75e12, "matrix": 250e12, "link": 200e9}  # bytes, flops, bytes a second: assumed of an A100-80GB
+A100 = {
+    "copy": 1.75e12,
+    "matrix": 250e12,
+    "link": 200e9,
+}  # bytes, flops, bytes a second: assumed of an A100-80GB
 
 
 class AnyToken:
@@ -495,13 +587,15 @@ def step_run(folder, layers, tokens, url, gpu, mesh, device):
     """A trainer's Run at one rank's share of the published step (2 prompts, groups of 6), with random weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5TextConfig
 
-    import mini
     import polaris
+    from mini import world
 
-    mini.make_model(folder, mini.fables(200, 0), 0)
+    world.make_model(folder, world.fables(200, 0), 0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if gpu:
-        config = Qwen3_5TextConfig(num_hidden_layers=layers)  # all else at its defaults: the 9B's shape
+        config = Qwen3_5TextConfig(
+            num_hidden_layers=layers
+        )  # all else at its defaults: the 9B's shape
         with device:
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     else:
@@ -511,12 +605,18 @@ def step_run(folder, layers, tokens, url, gpu, mesh, device):
     cfg = polaris.parse(options.split())
     model, copy = polaris.load_policy(folder, mesh, device, cfg.recompute)
     examples = []
-    for e, words in zip(mini.fables(2, 1), WORDS, strict=True):
-        text = tokenizer(e.story * tokens).input_ids[: planned_tokens(words, tokens)]  # whole story: EOS comes on top
+    for e, words in zip(world.fables(2, 1), WORDS, strict=True):
+        text = tokenizer(e.story * tokens).input_ids[
+            : planned_tokens(words, tokens)
+        ]  # whole story: EOS comes on top
         examples.append(polaris.replace(e, story=tokenizer.decode(text), target_words=words))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)  # AdamW's moments would not fit beside the uncut head
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-6
+    )  # AdamW's moments would not fit beside the uncut head
     client = polaris.Judge(url, "offline", concurrency=16)
-    return polaris.Run(cfg, folder, mesh, device, AnyToken(tokenizer), model, copy, optimizer, client, examples, [])
+    return polaris.Run(
+        cfg, folder, mesh, device, AnyToken(tokenizer), model, copy, optimizer, client, examples, []
+    )
 
 
 def step(args):
@@ -528,24 +628,37 @@ def step(args):
     import tempfile
 
     import data
-    import offline
     import polaris
+    from judge import start_stand_in
 
     device = default_device()
     gpu = device.type == "cuda"
-    tokens, delay = args.tokens or (8192 if gpu else 192), 20.0 if args.delay is None and gpu else args.delay or 0.2
+    tokens, delay = (
+        args.tokens or (8192 if gpu else 192),
+        20.0 if args.delay is None and gpu else args.delay or 0.2,
+    )
     name, rate = device_name(device), matrix_rate(device, torch.bfloat16 if gpu else torch.float32)
     bandwidth = copy_bandwidth(device)
-    print(f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s")
-    print(f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call")
+    print(
+        f"{name}; torch {torch.__version__}; copy {bandwidth / 1e9:.4g} GB/s, GEMM {rate / 1e12:.4g} Tflop/s"
+    )
+    print(
+        f"2 prompts, 10 rollouts and 2 anchors of up to {tokens} tokens; judge: {delay:g} s a call"
+    )
     means = " and ".join(str(planned_tokens(words, tokens)) for words in WORDS)
-    print(f"Random weights end no story, so lengths are planned: for targets of {WORDS[0]:,} and {WORDS[1]:,} words,")
-    print(f"{means} tokens (2,000 of thinking and 4/3 a word, scaled from 8,192 to {tokens:,}); the drafts have")
+    print(
+        f"Random weights end no story, so lengths are planned: for targets of {WORDS[0]:,} and {WORDS[1]:,} words,"
+    )
+    print(
+        f"{means} tokens (2,000 of thinking and 4/3 a word, scaled from 8,192 to {tokens:,}); the drafts have"
+    )
     print(f"{', '.join(map(str, SPREAD))} times as many, and the longest is cut off at the limit.")
-    print("judge hidden = 1 - (seconds the rank waits for verdicts) / (sum of the seconds of its judge calls)\n")
+    print(
+        "judge hidden = 1 - (seconds the rank waits for verdicts) / (sum of the seconds of its judge calls)\n"
+    )
     polaris.join()
     mesh, device = polaris.setup(polaris.parse([]))
-    process, url = offline.serve_in_background(delay=delay)
+    process, url = start_stand_in(delay=delay)
     planned, lines = [], []
     with tempfile.TemporaryDirectory() as folder:
         for layers in args.layers:
@@ -559,7 +672,11 @@ def step(args):
             for number in range(20, 21 + args.repeats):  # the first one captures and compiles
                 progress(f"{layers} layers: step {number - 19} of {args.repeats + 1}")
                 examples = data.step_examples(run.train, run.cfg.seed, number, len(WORDS))
-                planned[:] = [round(s * planned_tokens(e.target_words, tokens)) for e in examples for s in SPREAD]
+                planned[:] = [
+                    round(s * planned_tokens(e.target_words, tokens))
+                    for e in examples
+                    for s in SPREAD
+                ]
                 metrics, rows = polaris.train_step(run, number)
                 taken.append(step_line(run, layers, metrics, rows, rate))
             # Other work on the machine only adds, so the fastest step stands for all.
@@ -569,7 +686,13 @@ def step(args):
             free(device)
     process.stdin.close()
     table(lines)
-    result = {"bench": "step", "device": name, "torch": torch.__version__, "tokens": tokens, "delay": delay}
+    result = {
+        "bench": "step",
+        "device": name,
+        "torch": torch.__version__,
+        "tokens": tokens,
+        "delay": delay,
+    }
     result["rows"] = lines
     return result | (project(lines, bandwidth, rate) if gpu else arithmetic())
 
@@ -592,7 +715,8 @@ def step_line(run, layers, metrics, rows, rate):
         "update, tokens/s": seen / times["update"],
         "update, of matrix rate": flops / times["update"] / rate,
         "judge hidden": 1 - times["judge_wait"] / sum(r.verdict.seconds for r in rows),
-        "peak, GB": (torch.cuda.max_memory_allocated(run.device) if gpu else _status("VmHWM")) / 1e9,
+        "peak, GB": (torch.cuda.max_memory_allocated(run.device) if gpu else _status("VmHWM"))
+        / 1e9,
     }
 
 
@@ -604,7 +728,11 @@ def project(lines, bandwidth, rate):
         slope = (last[column] - first[column]) / (last["layers"] - first["layers"])
         return first[column] + slope * (32 - first["layers"])
 
-    write, learn, rest = at_32("rollout, s"), at_32("update, s"), at_32("sync, s") + last["judge wait, s"]
+    write, learn, rest = (
+        at_32("rollout, s"),
+        at_32("update, s"),
+        at_32("sync, s") + last["judge wait, s"],
+    )
     here = (write + learn + rest) * PAPER_STEPS / 3600
     there = write * bandwidth / A100["copy"] + learn * rate / A100["matrix"] + rest
     print(
@@ -619,15 +747,26 @@ def project(lines, bandwidth, rate):
 
 def arithmetic():
     """The published run on A100s from rates and shares that are assumed: nothing in it is measured, and it says so."""
-    decode, learn, delay, limit = 0.7, 0.4, 20.0, 8192  # targets: of the bandwidth, of the matrix rate; s a verdict
+    decode, learn, delay, limit = (
+        0.7,
+        0.4,
+        20.0,
+        8192,
+    )  # targets: of the bandwidth, of the matrix rate; s a verdict
     model = random_model("9b", torch.device("meta"))
-    layers, head = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers, model.lm_head))
+    layers, head = (
+        sum(p.numel() for p in m.parameters()) for m in (model.model.layers, model.lm_head)
+    )
     means = [planned_tokens(words, limit) for words in WORDS]
-    groups = [[mean, *(min(limit, round(s * mean)) for s in SPREAD)] for mean in means]  # an anchor and five drafts
+    groups = [
+        [mean, *(min(limit, round(s * mean)) for s in SPREAD)] for mean in means
+    ]  # an anchor and five drafts
     first, tokens, steps = sum(groups[0]), sum(map(sum, groups)), max(groups[-1])
     moved = step_bytes(model, 10, steps / 2)
     write = steps * moved / (decode * A100["copy"])
-    flops = 8 * layers + 6 * head  # a token: forward, again, and twice that backward; the head without the second
+    flops = (
+        8 * layers + 6 * head
+    )  # a token: forward, again, and twice that backward; the head without the second
     update = flops * tokens / (learn * A100["matrix"])
     wait = max(0.0, delay - update * first / tokens)
     sync = 2 * sum(p.numel() for p in model.parameters()) / A100["link"]
@@ -664,12 +803,22 @@ def memory(args):
     model = random_model("9b", torch.device("meta"))
     config, total = model.config, sum(p.numel() for p in model.parameters())
     width, depth = config.hidden_size, config.num_hidden_layers
-    layer, ends = max(sum(p.numel() for p in m.parameters()) for m in model.model.layers), config.vocab_size * width
+    layer, ends = (
+        max(sum(p.numel() for p in m.parameters()) for m in model.model.layers),
+        config.vocab_size * width,
+    )
     rows = -(-cfg.prompts * cfg.group // ranks)
-    length = -(-(cfg.max_prompt + cfg.max_response) // rollout.BUCKET["cuda"]) * rollout.BUCKET["cuda"]
-    states = step_bytes(model, rows, length) - step_bytes(model, 0, length)  # counts recurrent states twice
+    length = (
+        -(-(cfg.max_prompt + cfg.max_response) // rollout.BUCKET["cuda"]) * rollout.BUCKET["cuda"]
+    )
+    states = step_bytes(model, rows, length) - step_bytes(
+        model, 0, length
+    )  # counts recurrent states twice
     states -= rows * (step_bytes(model, 1, 0) - step_bytes(model, 0, 0)) / 2
-    tokens, chunk = args.micro_tokens or cfg.micro_tokens, grpo.CHUNK_ROWS["cuda"] * config.vocab_size * 4
+    tokens, chunk = (
+        args.micro_tokens or cfg.micro_tokens,
+        grpo.CHUNK_ROWS["cuda"] * config.vocab_size * 4,
+    )
     update = PHASES[1:]
     parts = [
         (f"fp32 master weights, 1/{ranks}", 4 * total / ranks, PHASES),
@@ -678,24 +827,43 @@ def memory(args):
         (f"its cache: {rows} rows of {length:,} tokens", states, PHASES),
         (f"fp32 gradients, 1/{ranks}", 4 * total / ranks, update),
         ("embedding and head, gathered, bf16", 2 * 2 * ends, ("head", "layers", "root")),
-        (f"inputs of {depth} layers, {tokens:,} tokens, bf16", 2 * depth * tokens * width, ("head", "layers")),
+        (
+            f"inputs of {depth} layers, {tokens:,} tokens, bf16",
+            2 * depth * tokens * width,
+            ("head", "layers"),
+        ),
         ("head's gradient, fp32 sum", 4 * ends, ("head",)),
         ("logits of a chunk, fp32; then that sum in bf16", max(chunk, 2 * ends), ("head",)),
         ("head's gradient, bf16", 2 * ends, ("layers", "root")),
-        ("one layer recomputed, delta rule in torch", layer_activations(model, tokens, fused=False), ("layers",)),
-        ("two layers gathered, bf16; a gradient, bf16 and fp32", (2 * 2 + 2 + 4 + 4 / ranks) * layer, ("layers",)),
+        (
+            "one layer recomputed, delta rule in torch",
+            layer_activations(model, tokens, fused=False),
+            ("layers",),
+        ),
+        (
+            "two layers gathered, bf16; a gradient, bf16 and fp32",
+            (2 * 2 + 2 + 4 + 4 / ranks) * layer,
+            ("layers",),
+        ),
         ("embedding's gradient, bf16", 2 * ends, ("root",)),
         ("both reduced in fp32, in and out", 2 * (4 + 4 / ranks) * ends, ("root",)),
         (f"AdamW's own square roots, fp32, 1/{ranks}", 4 * total / ranks, ("optimiser",)),
     ]
-    lines = [{"part": name} | {p: size / 1e9 if p in when else None for p in PHASES} for name, size, when in parts]
+    lines = [
+        {"part": name} | {p: size / 1e9 if p in when else None for p in PHASES}
+        for name, size, when in parts
+    ]
     sums = {phase: sum(size for _, size, when in parts if phase in when) / 1e9 for phase in PHASES}
     table([*lines, {"part": "all"} | sums])
     fused = layer_activations(model, tokens, fused=True) / 1e9
     saved = next(line["layers"] for line in lines if "recomputed" in line["part"]) - fused
     print("What a layer's gradients take while they are made is not counted.")
-    print(f"With flash-linear-attention one layer keeps {fused:.1f} GB, so the phase `layers` is {saved:.1f} GB less.")
-    print("An 80 GB card has 80 GiB, which are 85.9 of these GB, before CUDA's context and NCCL's buffers.\n")
+    print(
+        f"With flash-linear-attention one layer keeps {fused:.1f} GB, so the phase `layers` is {saved:.1f} GB less."
+    )
+    print(
+        "An 80 GB card has 80 GiB, which are 85.9 of these GB, before CUDA's context and NCCL's buffers.\n"
+    )
     return {"bench": "memory", "GB": lines, "sum": sums, "layer with flash-linear-attention": fused}
 
 
@@ -708,8 +876,13 @@ def layer_activations(model, tokens, fused):
     unfused = torch.nn.functional.scaled_dot_product_attention, code.torch_chunk_gated_delta_rule
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: _Kept.apply(q, q, k, v)
     if fused:
-        code.torch_chunk_gated_delta_rule = lambda q, k, v, g, beta, **_: (_Kept.apply(v, q, k, v, g, beta), None)
-    x = torch.empty(1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True)
+        code.torch_chunk_gated_delta_rule = lambda q, k, v, g, beta, **_: (
+            _Kept.apply(v, q, k, v, g, beta),
+            None,
+        )
+    x = torch.empty(
+        1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True
+    )
     positions, most = torch.zeros(1, tokens, dtype=torch.long, device="meta"), 0
     angles = model.model.rotary_emb(x, positions.expand(3, 1, tokens))
     for kind in ("linear_attention", "full_attention"):
@@ -743,27 +916,45 @@ class _Kept(torch.autograd.Function):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
 
-    command = commands.add_parser("logprob", help="log-probs of the vocabulary head, forward and backward")
-    command.add_argument("--tokens", type=int, nargs="+", help="default: 8192 16384 on a GPU, 2048 on a CPU")
+    command = commands.add_parser(
+        "logprob", help="log-probs of the vocabulary head, forward and backward"
+    )
+    command.add_argument(
+        "--tokens", type=int, nargs="+", help="default: 8192 16384 on a GPU, 2048 on a CPU"
+    )
     command.add_argument("--hidden", type=int, help="default: 4096 on a GPU, 256 on a CPU")
     command.add_argument("--vocab", type=int, help="default: 248320 on a GPU, 32000 on a CPU")
     command.add_argument("--repeats", type=int, default=5)
     command.set_defaults(run=logprob)
 
     command = commands.add_parser("rollout", help="sampling, beside transformers' generate")
-    command.add_argument("--model", nargs="+", choices=["tiny", "tiny-attention", "9b"], help="default: 9b on a GPU")
+    command.add_argument(
+        "--model", nargs="+", choices=["tiny", "tiny-attention", "9b"], help="default: 9b on a GPU"
+    )
     command.add_argument("--rows", type=int, default=10)
     command.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    command.add_argument("--tokens", type=int, nargs="+", help="a row; default: 512 2048 8192 on a GPU, 128 on a CPU")
-    command.add_argument("--peer-tokens", type=int, help="a row, in transformers' runs; default: at most 256")
-    command.add_argument("--no-static", dest="static", action="store_false", help="skip generate on a static cache")
-    command.add_argument("--repeats", type=int, help="turns after the first; default: 2 on a GPU, 7 on a CPU")
+    command.add_argument(
+        "--tokens", type=int, nargs="+", help="a row; default: 512 2048 8192 on a GPU, 128 on a CPU"
+    )
+    command.add_argument(
+        "--peer-tokens", type=int, help="a row, in transformers' runs; default: at most 256"
+    )
+    command.add_argument(
+        "--no-static", dest="static", action="store_false", help="skip generate on a static cache"
+    )
+    command.add_argument(
+        "--repeats", type=int, help="turns after the first; default: 2 on a GPU, 7 on a CPU"
+    )
     command.set_defaults(run=decoding)
 
-    command = commands.add_parser("step", help="one rank's share of a published training step, with a slow judge")
+    command = commands.add_parser(
+        "step", help="one rank's share of a published training step, with a slow judge"
+    )
     command.add_argument(
         "--layers",
         type=int,
@@ -771,13 +962,23 @@ def main():
         default=[4, 8],
         help="sizes to measure, multiples of 4 (one in four is attention); the 9B has 32 [4 8]",
     )
-    command.add_argument("--tokens", type=int, help="response limit; default: 8192 on a GPU, 192 on a CPU")
-    command.add_argument("--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU")
-    command.add_argument("--repeats", type=int, default=1, help="steps after the first; the fastest is shown")
+    command.add_argument(
+        "--tokens", type=int, help="response limit; default: 8192 on a GPU, 192 on a CPU"
+    )
+    command.add_argument(
+        "--delay", type=float, help="seconds the judge takes; default: 20 on a GPU, 0.2 on a CPU"
+    )
+    command.add_argument(
+        "--repeats", type=int, default=1, help="steps after the first; the fastest is shown"
+    )
     command.set_defaults(run=step)
 
-    command = commands.add_parser("memory", help="what a GPU of the published run holds, part by part")
-    command.add_argument("--micro-tokens", type=int, help="as in polaris.py; default: the published run's")
+    command = commands.add_parser(
+        "memory", help="what a GPU of the published run holds, part by part"
+    )
+    command.add_argument(
+        "--micro-tokens", type=int, help="as in polaris.py; default: the published run's"
+    )
     command.set_defaults(run=memory)
 
     args = parser.parse_args()

@@ -36,10 +36,7 @@ from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-
-class DataError(ValueError):
-    """Input that cannot be used. The message says where (file:line), what is wrong, and what to do."""
-
+from data import DataError
 
 # -------------------------------------------------------------------------------------------------------- files -> text
 
@@ -53,12 +50,16 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not raw.strip():
-        raise DataError(f"{path}: the file is empty; fetch it again, e.g. with `python data.py gutenberg`")
+        raise DataError(
+            f"{path}: the file is empty; fetch it again, e.g. with `python data.py gutenberg`"
+        )
     if zipfile.is_zipfile(path) or path.suffix.lower() == ".epub":
         return epub_text(path)
     if b"\0" in raw:
         raise DataError(f"{path}: holds binary data; give plain text (UTF-8) or EPUB")
-    encoding = re.search(rb"(?i)character set encoding:\s*(iso-?8859-1|iso-latin-1|cp1252|windows-1252)", raw[:4000])
+    encoding = re.search(
+        rb"(?i)character set encoding:\s*(iso-?8859-1|iso-latin-1|cp1252|windows-1252)", raw[:4000]
+    )
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -101,18 +102,31 @@ def epub_text(path: Path) -> str:
     """The pages of an EPUB in reading order, with the title and author of its package as header lines."""
     try:
         with zipfile.ZipFile(path) as book:
-            package_path = re.search(r'full-path="([^"]+)"', book.read("META-INF/container.xml").decode())[1]
+            package_path = re.search(
+                r'full-path="([^"]+)"', book.read("META-INF/container.xml").decode()
+            )[1]
             package = ElementTree.fromstring(book.read(package_path))
             files = {item.get("id"): item.get("href") for item in package.findall(".//{*}item")}
             folder = posixpath.dirname(package_path)
-            pages = [posixpath.join(folder, files[ref.get("idref")]) for ref in package.findall(".//{*}itemref")]
+            pages = [
+                posixpath.join(folder, files[ref.get("idref")])
+                for ref in package.findall(".//{*}itemref")
+            ]
             text = ""
             for page in pages:
                 parser = _Page()
                 parser.feed(book.read(unquote(page)).decode("utf-8-sig"))
                 text += parser.text + "\n\n\n\n"
-    except (KeyError, TypeError, UnicodeDecodeError, zipfile.BadZipFile, ElementTree.ParseError) as error:
-        raise DataError(f"{path}: no EPUB that can be read ({error!r}); give plain text instead") from None
+    except (
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        zipfile.BadZipFile,
+        ElementTree.ParseError,
+    ) as error:
+        raise DataError(
+            f"{path}: no EPUB that can be read ({error!r}); give plain text instead"
+        ) from None
     names = {"title": "Title", "creator": "Author", "language": "Language"}
     header = [f"{names[name]}: {package.findtext(f'.//{{*}}{name}') or ''}" for name in names]
     return "\n".join([*header, "*** START OF THIS PROJECT GUTENBERG EBOOK ***", "", "", "", text])
@@ -120,9 +134,12 @@ def epub_text(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------- text -> blocks
 
-START = re.compile(r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END\W*THE SMALL PRINT", re.IGNORECASE)
+START = re.compile(
+    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END\W*THE SMALL PRINT", re.IGNORECASE
+)
 END = re.compile(
-    r"^\W*END OF (?:THE |THIS )?PROJECT GUTENBERG|^\W*START: FULL LICENSE|^\W*THIS FILE SHOULD BE NAMED", re.IGNORECASE
+    r"^\W*END OF (?:THE |THIS )?PROJECT GUTENBERG|^\W*START: FULL LICENSE|^\W*THIS FILE SHOULD BE NAMED",
+    re.IGNORECASE,
 )
 BRACKETED = re.compile(  # [Illustration: ...], [Footnote 1: ... [a] ...], [Pg 9], [* ...]: at most one level inside
     r"\[\s*\W*(?:illustration|picture|image|decoration|footnote|transcriber|p(?:g|age)\.? \d)"
@@ -139,11 +156,18 @@ NUMBERING = re.compile(  # "IV. ", "3 -- ", "ADVENTURE I. ", "No. 1--", "II     
     re.IGNORECASE,
 )
 SECTION = re.compile(  # "IV.", "CHAPTER 3", "Part the Second", "FIRST STORY"
-    rf"^[\W_]*(?:(?:the )?{DIVISION}\b[\s.]*)?(?:{NUMERAL}\b|(?:the )?{ORDINAL}(?: {DIVISION})?)[\W_]*$", re.IGNORECASE
+    rf"^[\W_]*(?:(?:the )?{DIVISION}\b[\s.]*)?(?:{NUMERAL}\b|(?:the )?{ORDINAL}(?: {DIVISION})?)[\W_]*$",
+    re.IGNORECASE,
 )
-PART = re.compile(rf"^[\W_]*(?:the )?{DIVISION}\b|\b{NUMERAL}[\W_]*$", re.IGNORECASE)  # "PART II: THE SEA", "LETTER 3"
-CHAPTER = re.compile(rf"\W*chap(?:ter)?\b[\s.]*(?:{NUMERAL}|{ORDINAL})\b", re.IGNORECASE)  # "CHAPTER I. THE ROAD"
-NUMBER = re.compile(rf"\W*(?:(?:adventure|story|tale|no|number)\b\.?\s*)?{NUMERAL}\W*$", re.IGNORECASE)  # above a title
+PART = re.compile(
+    rf"^[\W_]*(?:the )?{DIVISION}\b|\b{NUMERAL}[\W_]*$", re.IGNORECASE
+)  # "PART II: THE SEA", "LETTER 3"
+CHAPTER = re.compile(
+    rf"\W*chap(?:ter)?\b[\s.]*(?:{NUMERAL}|{ORDINAL})\b", re.IGNORECASE
+)  # "CHAPTER I. THE ROAD"
+NUMBER = re.compile(
+    rf"\W*(?:(?:adventure|story|tale|no|number)\b\.?\s*)?{NUMERAL}\W*$", re.IGNORECASE
+)  # above a title
 FIRST = re.compile(r"\b(?:I|1)\b")
 FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"(?:the )?(?:(?:author|editor|translator|publisher|transcriber)s? )?(?:"
@@ -155,11 +179,16 @@ FURNITURE = re.compile(  # what a book holds besides its stories; on keys
 # What an entry may have after its title: "_Author_", "By Author", "(1839)", a page, another column, "; or, ..."
 CUT = re.compile(r"\s_|[\s.,:]+\(?[Bb][Yy]\b|\s*[\[(]|\s+\d+$|\s{2,}\S|[;:,] [Oo][Rr]\b")
 CUT_AT_COMMA = re.compile(CUT.pattern + "|,")
-FOOTNOTES = re.compile(r"foot ?notes?(?: .{0,40})?")  # these may close a section, and the story goes on
+FOOTNOTES = re.compile(
+    r"foot ?notes?(?: .{0,40})?"
+)  # these may close a section, and the story goes on
 BYLINE = re.compile(
-    r"^[\s_(*\[]*by\b[:\s]+(\S.*)$|^_([A-Z][\w.]*(?: [A-Z][\w.'\u2019-]*){1,3})_(?: \(.*\))?$", re.IGNORECASE
+    r"^[\s_(*\[]*by\b[:\s]+(\S.*)$|^_([A-Z][\w.]*(?: [A-Z][\w.'\u2019-]*){1,3})_(?: \(.*\))?$",
+    re.IGNORECASE,
 )
-SOURCE = re.compile(r"^\s*(?:[\[(].*[\])]\W*$|_?from _|\W*copyright\b|\W*reprinted )", re.IGNORECASE)
+SOURCE = re.compile(
+    r"^\s*(?:[\[(].*[\])]\W*$|_?from _|\W*copyright\b|\W*reprinted )", re.IGNORECASE
+)
 ATTRIBUTION = re.compile(  # "--_Young._", not "so said Suleiman--Solomon."
     r"(?:(?:^|(?<=[\W_]))(?:--|[\u2014\u2013])\s*_?[A-Z][\w.,'\u2019\" ]{1,60}"
     r"|[ _](?:Proverb|Saying|Song|Ballad|Psalm|Anon))\W*$"
@@ -176,7 +205,9 @@ LAST_LINE = re.compile(
     r"|printed (?:in|by|at)(?![^\W_]).{0,80}$)",
     re.IGNORECASE,
 )
-LIFESPAN = re.compile(r"\((?:born |b\. )?1\d{3}\s?[-\u2013\u2014]+\s?(?:1\d{3})?\)")  # "(1832-1910)": about an author
+LIFESPAN = re.compile(
+    r"\((?:born |b\. )?1\d{3}\s?[-\u2013\u2014]+\s?(?:1\d{3})?\)"
+)  # "(1832-1910)": about an author
 PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 SENTENCE_END = re.compile(r"[.!?:,;'\"\u2019\u201d\u2014-][)_]*$")
 
@@ -215,14 +246,18 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
         if colon and name in ("Title", "Author", "Editor", "Language"):
             fields.setdefault(name.lower(), value.strip())
     sizes = [len(list(run)) for full, run in itertools.groupby(lines[first:last], bool) if full]
-    tight = 2 * sum(n for n in sizes if n > 30) > sum(sizes)  # no blank lines between paragraphs: an indent starts one
+    tight = 2 * sum(n for n in sizes if n > 30) > sum(
+        sizes
+    )  # no blank lines between paragraphs: an indent starts one
     blocks, gap = [], 0
     for number, line in enumerate(lines[first:last], first + 1):
         if not line:
             gap += 1
             continue
         above = blocks[-1].lines if blocks else []
-        alone = len(above) == 1 and NUMBER.match(above[0]) or any(map(STARS.match, [line, *above[-1:]]))
+        alone = (
+            len(above) == 1 and NUMBER.match(above[0]) or any(map(STARS.match, [line, *above[-1:]]))
+        )
         if gap or not above or alone or (tight and line.startswith("  ")):
             blocks.append(Block(number, gap, [line]))
         else:
@@ -239,7 +274,11 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
 
 def key(text: str) -> str:
     """What counts when titles are compared: letters and digits, unaccented, in lower case."""
-    text = unicodedata.normalize("NFKD", text.replace("æ", "ae").replace("œ", "oe")).encode("ascii", "ignore").decode()
+    text = (
+        unicodedata.normalize("NFKD", text.replace("æ", "ae").replace("œ", "oe"))
+        .encode("ascii", "ignore")
+        .decode()
+    )
     return " ".join(re.findall(r"[a-z0-9]+", re.sub(r"['`]", "", text.lower())))
 
 
@@ -253,7 +292,10 @@ def is_caps(text: str) -> bool:
 def clean_title(text: str) -> str:
     """A heading without numbering, italics, note marks and "[Written in 1865]"."""
     bare = NOTE_MARK.sub("", NUMBERING.sub("", text.replace("_", " ").strip()))
-    return re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", bare).strip(" .,;:") or text.strip()
+    return (
+        re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", bare).strip(" .,;:")
+        or text.strip()
+    )
 
 
 def heading_keys(block: Block) -> dict[str, int]:
@@ -273,11 +315,16 @@ def entry_keys(lines: list[str], cut: re.Pattern = CUT) -> list[str]:
     """Titles that a line of a contents list, with the lines over which it may be wrapped, may stand for."""
     forms: dict[str, None] = {}  # an ordered set
     for n in range(1, len(lines) + 1):
-        text = " ".join(re.sub(r"(?:\s*\.){3,}.*$|\s{2,}(?:\d+|[ivxlc]+)\.?$", "", line.strip()) for line in lines[:n])
+        text = " ".join(
+            re.sub(r"(?:\s*\.){3,}.*$|\s{2,}(?:\d+|[ivxlc]+)\.?$", "", line.strip())
+            for line in lines[:n]
+        )
         bare = NUMBERING.sub("", text)
         if about := re.match(r"([^a-z]{3,}?),.*[a-z]", bare):  # "TITLE, concerning Somebody"
             forms[about[1]] = None
-        forms |= dict.fromkeys([text, bare, *(bare[: match.start()] for match in cut.finditer(bare))])
+        forms |= dict.fromkeys(
+            [text, bare, *(bare[: match.start()] for match in cut.finditer(bare))]
+        )
     return list({name: None for name in map(key, forms) if name})
 
 
@@ -285,14 +332,23 @@ def is_title(block: Block) -> bool:
     """Is this a few words, each of them with a capital, that no comma ends?"""
     line = block.lines[0].strip(" _")
     short = len(block.lines) <= 3 and len(block.text.split()) <= 16 and len(line) <= 80
-    capitals = all(word[0].isupper() for word in re.findall(r"[^\W\d_]+", block.text) if len(word) > 3)
-    named = re.search("[A-Za-z]{2}", line) and line[-1] not in ",;:" and not FURNITURE.fullmatch(key(line))
+    capitals = all(
+        word[0].isupper() for word in re.findall(r"[^\W\d_]+", block.text) if len(word) > 3
+    )
+    named = (
+        re.search("[A-Za-z]{2}", line)
+        and line[-1] not in ",;:"
+        and not FURNITURE.fullmatch(key(line))
+    )
     return bool(short and capitals and named and not SECTION.match(line) and not SOURCE.match(line))
 
 
 def title_case(title: str) -> str:
     small = "a an and as at by for from in of on or the to with".split()
-    words = [w if w in small and i else w[:1].upper() + w[1:] for i, w in enumerate(title.lower().split())]
+    words = [
+        w if w in small and i else w[:1].upper() + w[1:]
+        for i, w in enumerate(title.lower().split())
+    ]
     return " ".join(words) if is_caps(title) else title
 
 
@@ -324,7 +380,9 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
         if len(line.strip()) <= 90 and not SECTION.match(line) and not SOURCE.match(line):
             names = entry_keys([text for c, text in lines[n : n + 3] if c == b])
             later = sorted({h for name in names for h in heads.get(name, ()) if h > b})
-            if 0 < len(later) < 5:  # a title comes again as half-title, heading, in notes; a refrain in every story
+            if (
+                0 < len(later) < 5
+            ):  # a title comes again as half-title, heading, in notes; a refrain in every story
                 hits[n] = later
     best, most = [], 2.0
     for start, later in hits.items():
@@ -339,7 +397,9 @@ def find_list(blocks: list[Block]) -> list[tuple[int, int]]:
             if worth > most:
                 best, most = chain, worth
     gaps = sorted(gap_above(blocks, h) for _, h in best)
-    if best and gaps[len(gaps) // 2] < 2:  # headings stand apart; these are phrases that happen to recur
+    if (
+        best and gaps[len(gaps) // 2] < 2
+    ):  # headings stand apart; these are phrases that happen to recur
         return []
     upper = 2 * sum(is_caps(blocks[h].lines[0]) for _, h in best) > len(best)
     return [(n, h) for n, h in best if blocks[h].gap > 1 or is_caps(blocks[h].lines[0]) == upper]
@@ -380,13 +440,26 @@ def fill_list(chain: list[tuple[int, int]], blocks: list[Block]) -> list[tuple[s
         pairs += [(lines[n1][1], h1)] * (n1 >= first)
         for n in range(n1 + 1, min(n2, len(lines))):
             b, line = lines[n]
-            if b >= chain[0][1] or len(line.strip()) > 90 or SECTION.match(line) or SOURCE.match(line):
+            if (
+                b >= chain[0][1]
+                or len(line.strip()) > 90
+                or SECTION.match(line)
+                or SOURCE.match(line)
+            ):
                 continue
             names = entry_keys([line], CUT_AT_COMMA)
             scored = [
-                (max((same_entry(a, b) for a in names for b in heading_keys(blocks[h])), default=0), -h)
+                (
+                    max(
+                        (same_entry(a, b) for a in names for b in heading_keys(blocks[h])),
+                        default=0,
+                    ),
+                    -h,
+                )
                 for h in range(h1 + 1, h2)
-                if blocks[h].gap >= gap and len(blocks[h].lines) <= 4 and is_caps(blocks[h].lines[0]) == upper
+                if blocks[h].gap >= gap
+                and len(blocks[h].lines) <= 4
+                and is_caps(blocks[h].lines[0]) == upper
             ]
             score, h = max(scored, default=(0, 0))
             if score > 0.75:
@@ -402,7 +475,9 @@ def similarity(a: str, b: str) -> float:
 
 def same_entry(entry: str, heading: str) -> float:
     """How surely two keys name one story; either may add a subtitle."""
-    if min(len(entry), len(heading)) > 3 and (f"{entry} ".startswith(f"{heading} ") or heading.startswith(f"{entry} ")):
+    if min(len(entry), len(heading)) > 3 and (
+        f"{entry} ".startswith(f"{heading} ") or heading.startswith(f"{entry} ")
+    ):
         return 0.9
     return similarity(entry, heading)
 
@@ -421,7 +496,9 @@ def find_styled(blocks: list[Block]) -> list[int]:
             sizes = [sum(words[a:z]) for a, z in itertools.pairwise([*heads, len(blocks)])]
             whole = [size for size in sizes if size >= 300]
             if len(whole) >= 3 and sum(whole) > 0.85 * sum(words) and max(sizes) < 0.6 * sum(words):
-                nearly = [b for b in found if blocks[b].gap == gap - 1 > 1]  # gaps are not always typed alike
+                nearly = [
+                    b for b in found if blocks[b].gap == gap - 1 > 1
+                ]  # gaps are not always typed alike
                 return sorted(heads + nearly) if len(nearly) <= 0.25 * len(heads) else heads
     return []
 
@@ -436,13 +513,20 @@ def find_listed(blocks: list[Block]) -> list[tuple[str, int]]:
     before, pairs = find_listed(blocks[:start]), fill_list(chain, blocks)
     after = [(entry, rest + h) for entry, h in find_listed(blocks[rest:])]
     enough = usual_words(pairs, blocks) / 4  # the sections of a publisher's catalogue are shorter
-    return [pair for part in (before, pairs, after) if usual_words(part, blocks) > enough for pair in part]
+    return [
+        pair
+        for part in (before, pairs, after)
+        if usual_words(part, blocks) > enough
+        for pair in part
+    ]
 
 
 def usual_words(pairs: list[tuple[str, int]], blocks: list[Block]) -> int:
     """Median length of the pieces between these headings; 0 if there are none."""
     heads = [h for _, h in pairs]
-    words = sorted(sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise(heads))
+    words = sorted(
+        sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise(heads)
+    )
     return words[len(words) // 2] if words else 0
 
 
@@ -452,10 +536,18 @@ def find_forgotten(heads: list[int], blocks: list[Block]) -> list[int]:
     gap = sorted(blocks[h].gap for h in heads)[len(heads) // 2]
     upper = 2 * sum(is_caps(blocks[h].lines[0]) for h in heads) > len(heads)
     forgotten = []
-    end = next((b for b in range(heads[-1], len(blocks)) if LAST_LINE.match(blocks[b].text)), len(blocks))
+    end = next(
+        (b for b in range(heads[-1], len(blocks)) if LAST_LINE.match(blocks[b].text)), len(blocks)
+    )
     for a, z in itertools.pairwise([*heads, end]):
-        titles = [b for b in range(a + 1, z) if blocks[b].gap >= max(gap, 3) and is_title(blocks[b])]
-        titles = [b for b in titles if is_caps(blocks[b].lines[0]) == upper and not PART.search(blocks[b].text)]
+        titles = [
+            b for b in range(a + 1, z) if blocks[b].gap >= max(gap, 3) and is_title(blocks[b])
+        ]
+        titles = [
+            b
+            for b in titles
+            if is_caps(blocks[b].lines[0]) == upper and not PART.search(blocks[b].text)
+        ]
         # Several are the parts of one story, a title page, or the author's name above the next title.
         if len(titles) == 1 and min(words[titles[0]] - words[a], words[z] - words[titles[0]]) > 300:
             forgotten += titles
@@ -468,15 +560,35 @@ def find_headings(blocks: list[Block]) -> list[int]:
     pairs = listed or [(blocks[h].text, h) for h in find_styled(blocks)]
     heads = [h for _, h in pairs]
     bare = {h for h in heads if SECTION.match(blocks[h].lines[0])}
-    bare |= {h for entry, h in pairs if any(map(CHAPTER.match, (entry, blocks[h].text, blocks[max(0, h - 1)].text)))}
-    numbers = {h: NUMBERING.match(blocks[h].text.strip(" _")) or NUMBERING.match(entry.strip()) for entry, h in pairs}
+    bare |= {
+        h
+        for entry, h in pairs
+        if any(map(CHAPTER.match, (entry, blocks[h].text, blocks[max(0, h - 1)].text)))
+    }
+    numbers = {
+        h: NUMBERING.match(blocks[h].text.strip(" _")) or NUMBERING.match(entry.strip())
+        for entry, h in pairs
+    }
     numbered = {h for h in heads if numbers[h]} - bare
-    lengths = [sum(len(b.text.split()) for b in blocks[a:z]) for a, z in itertools.pairwise([*heads, len(blocks)])]
-    average = sum(n for h, n in zip(heads, lengths, strict=True) if h in numbered) / max(1, len(numbered))
+    lengths = [
+        sum(len(b.text.split()) for b in blocks[a:z])
+        for a, z in itertools.pairwise([*heads, len(blocks)])
+    ]
+    average = sum(n for h, n in zip(heads, lengths, strict=True) if h in numbered) / max(
+        1, len(numbered)
+    )
     # A list may name the chapters of its longest story: numbered among titles that are not, and short. Or those of
     # several: then the numbers start again under titles that have none (and are no "PART ONE", which holds stories).
-    titles = [a for a, b in itertools.pairwise(heads) if not numbers[a] and numbers[b] and FIRST.search(numbers[b][0])]
-    titles = [h for h in titles if not PART.search(blocks[h].text) and not FURNITURE.fullmatch(key(blocks[h].lines[0]))]
+    titles = [
+        a
+        for a, b in itertools.pairwise(heads)
+        if not numbers[a] and numbers[b] and FIRST.search(numbers[b][0])
+    ]
+    titles = [
+        h
+        for h in titles
+        if not PART.search(blocks[h].text) and not FURNITURE.fullmatch(key(blocks[h].lines[0]))
+    ]
     longest = 2000 if len(titles) > 1 else 4000 if len(numbered) < len(heads) / 2 else 0
     chapters = numbered if average < longest else set()
     heads = [h for h in heads if h not in bare | chapters]
@@ -495,7 +607,9 @@ def indent(line: str) -> int:
 def is_verse(block: Block, width: int) -> bool:
     """Do lines start with a capital, and end before the margin at `width`?"""
     starts = [re.sub(r"^[\W_]+", "", line)[:1] for line in block.lines]
-    free = sum(len(a) + 1 + len(b.split()[0]) < width - 8 for a, b in itertools.pairwise(block.lines))
+    free = sum(
+        len(a) + 1 + len(b.split()[0]) < width - 8 for a, b in itertools.pairwise(block.lines)
+    )
     capitals = sum(s.isupper() for s in starts) / len(starts)
     return len(starts) > 1 and capitals >= 0.7 and free >= 0.6 * (len(starts) - 1)
 
@@ -519,7 +633,11 @@ def is_front(block: Block, following: list[Block], width: int, margin: int) -> b
         or (words < 100 and text.startswith("_") and text.endswith("_"))
         or (words < 80 and min(map(indent, block.lines)) > margin + 1)
         or (words < 80 and ATTRIBUTION.search(text))
-        or (words < 80 and re.match(r"(?:--|[\u2014\u2013])\s*_?[A-Z]", note) and SENTENCE_END.search(note))
+        or (
+            words < 80
+            and re.match(r"(?:--|[\u2014\u2013])\s*_?[A-Z]", note)
+            and SENTENCE_END.search(note)
+        )
     )
 
 
@@ -553,7 +671,11 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
     words = 0
     for i, block in enumerate(blocks):  # notes, appendix, the next preface
         apart = words > 100 and len(block.lines) < 3 and (block.gap > 1 or is_caps(block.text))
-        if apart and FURNITURE.fullmatch(key(block.text)) and not FOOTNOTES.fullmatch(key(block.text)):
+        if (
+            apart
+            and FURNITURE.fullmatch(key(block.text))
+            and not FOOTNOTES.fullmatch(key(block.text))
+        ):
             blocks = blocks[:i]
             break
         words += len(block.text.split())
@@ -564,15 +686,23 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
         if match and not byline and len(match[0].split()) < 10:
             byline = re.sub(r"[\d(\[].*$", "", match[1] or match[2]).strip(" _.,*")
         first += 1
-        if LIFESPAN.search(text) and len(text.split()) > 15:  # a note on the author may have several paragraphs
-            first = next((i for i in range(first, min(first + 3, len(blocks))) if blocks[i].gap > 1), first)
+        if (
+            LIFESPAN.search(text) and len(text.split()) > 15
+        ):  # a note on the author may have several paragraphs
+            first = next(
+                (i for i in range(first, min(first + 3, len(blocks))) if blocks[i].gap > 1), first
+            )
     blocks = blocks[first:]
-    for i in range(max(1, len(blocks) - 40), len(blocks)):  # THE END, the printer, the next title page, a poem ...
+    for i in range(
+        max(1, len(blocks) - 40), len(blocks)
+    ):  # THE END, the printer, the next title page, a poem ...
         page, apart = blocks[i:], blocks[i].gap > 1 and is_title(blocks[i])
         after = [word for b in page for word in b.text.split()]
         titles = len(after) < 300 and sum(word[0].islower() for word in after) < 0.3 * len(after)
         poem = apart and page[1:] and all(is_verse(b, width) for b in page[1:])
-        author = apart and len(after) < 500 and any(LIFESPAN.search(b.text) for b in page[1:4])  # of what follows
+        author = (
+            apart and len(after) < 500 and any(LIFESPAN.search(b.text) for b in page[1:4])
+        )  # of what follows
         if LAST_LINE.match(page[0].text) or (page[0].gap > 2 and titles) or poem or author:
             blocks = blocks[:i]
             break
@@ -581,7 +711,9 @@ def cut_story(title: str, blocks: list[Block], width: int, margin: int) -> tuple
     return blocks, byline
 
 
-QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "`": "'"})
+QUOTES = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "`": "'"}
+)
 
 
 def paragraph(block: Block, width: int) -> str:
@@ -594,7 +726,9 @@ def paragraph(block: Block, width: int) -> str:
         text = "\n".join(line.strip() for line in block.lines)
     else:
         text = re.sub(r"(?<=[\w-])- (?=[a-z])", "-", block.text)
-    text = re.sub(r"\[(?:[=:^~.)(/'`,]|(?=oe|OE))([A-Za-z]{1,2})\]", r"\1", NOTE_MARK.sub("", text))  # "[=e]"
+    text = re.sub(
+        r"\[(?:[=:^~.)(/'`,]|(?=oe|OE))([A-Za-z]{1,2})\]", r"\1", NOTE_MARK.sub("", text)
+    )  # "[=e]"
     text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", text).translate(QUOTES)
     text = re.sub(r"-{2,}|\u2014", "\u2014", re.sub(r"(?<=\w)(--|\u2014) (?=\w)", r"\1", text))
     return re.sub(r" {2,}", " ", text).strip()
@@ -606,9 +740,13 @@ def split_book(text: str) -> tuple[dict[str, str], list[Story]]:
     heads = find_headings(blocks)
     long = [line for block in blocks if len(block.lines) > 2 for line in block.lines[:-1]]
     width = sorted(map(len, long))[int(0.9 * len(long))] if long else 72
-    if sum(line.strip(" _\"'")[:1].isupper() for line in long) > 0.8 * len(long):  # all verse: its lines set no margin
+    if sum(line.strip(" _\"'")[:1].isupper() for line in long) > 0.8 * len(
+        long
+    ):  # all verse: its lines set no margin
         width = 1000
-    margin = Counter(indent(block.lines[0]) for block in blocks if len(block.lines) > 2).most_common(1)
+    margin = Counter(
+        indent(block.lines[0]) for block in blocks if len(block.lines) > 2
+    ).most_common(1)
     margin = margin[0][0] if margin else 0
     stories = []
     for head, stop in itertools.pairwise([*heads, len(blocks)]):
@@ -621,7 +759,10 @@ def split_book(text: str) -> tuple[dict[str, str], list[Story]]:
         text = "\n\n".join(filter(None, (paragraph(b, width) for b in body)))
         if "(1)" in text:  # a note, as are the others
             text = re.sub(r"\s?\(\d{1,2}\)", "", text)
-        half_title = similarity(key(block.text), key(fields.get("title", ""))) > 0.85 and len(text.split()) < 300
+        half_title = (
+            similarity(key(block.text), key(fields.get("title", ""))) > 0.85
+            and len(text.split()) < 300
+        )
         if text and not half_title:
             various = author_key(fields.get("author", "")) == "" or "editor" in fields
             author = byline if byline and various else fields.get("author", "")
@@ -638,7 +779,9 @@ def kind_of(story: Story, fields: dict[str, str]) -> str:
     count, n = Counter(words), max(1, len(words))
     share = lambda text: sum(count[word] for word in text.split()) / n  # noqa: E731
     paragraphs = story.text.split("\n\n")
-    speakers = sum(bool(re.match(r"[A-Z][A-Z .'-]{1,30}(?:[.:]|\s*\()|[A-Z][a-z]+\.?:", p)) for p in paragraphs)
+    speakers = sum(
+        bool(re.match(r"[A-Z][A-Z .'-]{1,30}(?:[.:]|\s*\()|[A-Z][a-z]+\.?:", p)) for p in paragraphs
+    )
     past = share("was were had did said went came could would saw looked asked cried told took")
     present = share("is are has have does do can may will be must shall")
     author = key(re.sub(r"\(.*?\)", "", fields.get("author", "")))
@@ -656,7 +799,11 @@ def kind_of(story: Story, fields: dict[str, str]) -> str:
         return "about the author"
     # An essay speaks of what is, without persons or talk. 20 of 884 pieces of 950 to 4,049 words are such; 3 are tales.
     talk = sum('"' in p or " '" in p for p in paragraphs) / len(paragraphs)
-    if past < 0.4 * (past + present) and share("he she him her his i me my they") < 0.045 and talk < 0.6:
+    if (
+        past < 0.4 * (past + present)
+        and share("he she him her his i me my they") < 0.045
+        and talk < 0.6
+    ):
         return "essay or sketch"
     return ""
 
@@ -674,7 +821,9 @@ def round_words(words: int) -> int:
     return max(step, round(words / step) * step)
 
 
-def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict, list[tuple[Story, int, str, set[int]]]]:
+def read_book(
+    path: str, min_words: int, max_words: int
+) -> tuple[str, dict, list[tuple[Story, int, str, set[int]]]]:
     """A file -> (problem, header, [(piece, words, why it is dropped, shingles)]).
 
     The reason is "" for a story of min_words to max_words, rounded as its prompt will ask for them. What is wrong with
@@ -688,13 +837,21 @@ def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict, lis
     if not stories:
         found = len(find_headings(blocks_of(text)[1]))
         what = (
-            f"no story, {found} pieces of verse" if found else "no list of contents, no story headings; a single work?"
+            f"no story, {found} pieces of verse"
+            if found
+            else "no list of contents, no story headings; a single work?"
         )
         return f"{path}: {what}", fields, []
     pieces = []
     for story in stories:
         words = len(story.text.split())
         asked = round_words(words)
-        why = "too short" if asked < min_words else "too long" if asked > max_words else kind_of(story, fields)
+        why = (
+            "too short"
+            if asked < min_words
+            else "too long"
+            if asked > max_words
+            else kind_of(story, fields)
+        )
         pieces.append((story, words, why, set() if why else shingles(story.text)))
     return "", fields, pieces

@@ -8,6 +8,7 @@ be slow and fail on demand; which request fails depends on the seed, the story a
     python judge.py serve [--port N] [--delay S] [--faults 429:0.1,reset:0.05,...] [--log FILE]
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -16,15 +17,14 @@ import re
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-from judge import POSITIVE, RUBRIC, strip_length_sentence
+from judge import POSITIVE, RUBRIC
+from reward import strip_length_sentence
 
 # A stand-in that needs no key and no network: the same protocol, scores from text statistics. It sees whether a text
 # has the form of English prose and takes up its prompt. It does not understand a story.
@@ -48,10 +48,16 @@ _IMPOSSIBLE = {
     **dict.fromkeys(_LINKS, _VERBS | _JOINERS | _LINKS),
     **dict.fromkeys(_JOINERS, set()),
 }
-_TASK = set("write story tell tale short about words long include feature make create should titled called".split())
+_TASK = set(
+    "write story tell tale short about words long include feature make create should titled called".split()
+)
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_STOP = re.compile(r"[.!?…]+[\"'”’)\]*_]*|\n\s*\n|\Z")  # looks at nothing behind it: that would be quadratic
-_ODD_WORD = re.compile(r"[bcdfghjklmnpqrstvwxz]{6}|(.)\1\1|\d[a-z]|[a-z]\d|^[^\W\daeiouyà-ÿ]{3,}$|^[b-hj-np-z]$|.{19}")
+_STOP = re.compile(
+    r"[.!?…]+[\"'”’)\]*_]*|\n\s*\n|\Z"
+)  # looks at nothing behind it: that would be quadratic
+_ODD_WORD = re.compile(
+    r"[bcdfghjklmnpqrstvwxz]{6}|(.)\1\1|\d[a-z]|[a-z]\d|^[^\W\daeiouyà-ÿ]{3,}$|^[b-hj-np-z]$|.{19}"
+)
 
 
 def _ramp(value, zero, one):
@@ -68,29 +74,48 @@ def measure(prompt, story):
 
     All measures are shares or means over windows, so that length as such has no influence.
     """
-    spans, sentences, start, at = [], [], 0, {}  # sentences: (index of first word, number of words, well formed)
+    spans, sentences, start, at = (
+        [],
+        [],
+        0,
+        {},
+    )  # sentences: (index of first word, number of words, well formed)
     for stop in _STOP.finditer(story):
         follows = story[stop.end() : stop.end() + 2].lstrip()[:1]
-        glued = story[stop.end() : stop.end() + 1].strip() or (follows.islower() and stop[0] != ".")  # "Go!" he said.
+        glued = story[stop.end() : stop.end() + 1].strip() or (
+            follows.islower() and stop[0] != "."
+        )  # "Go!" he said.
         if glued and stop[0].strip():
             continue
         here = [match.span() for match in _WORD.finditer(story, start, stop.end())]
         if here:
             head = story[start : here[0][1]].lstrip().lstrip("\"'“‘(—–-*_[")[:1]
             closed = stop[0][:1] in set(".!?…") or story[start : stop.end()].rstrip()[-1:] == ":"
-            sentences.append((len(spans), len(here), closed and not head.islower() and len(here) <= 70))
+            sentences.append(
+                (len(spans), len(here), closed and not head.islower() and len(here) <= 70)
+            )
             spans += here
         start = stop.end()
     words = [story[a:b].lower().replace("’", "'") for a, b in spans]
     if not words:
         return {}, {}, []
-    n, stems, function = len(words), [*map(_stem, words)], [word in _FUNCTION or "'" in word for word in words]
+    n, stems, function = (
+        len(words),
+        [*map(_stem, words)],
+        [word in _FUNCTION or "'" in word for word in words],
+    )
 
     task = _FUNCTION | _TASK
-    asked = {_stem(w) for w in _WORD.findall(strip_length_sentence(prompt).lower()) if len(w) > 2 and w not in task}
+    asked = {
+        _stem(w)
+        for w in _WORD.findall(strip_length_sentence(prompt).lower())
+        if len(w) > 2 and w not in task
+    }
     hits = [i for i, stem in enumerate(stems) if stem in asked]
     taken_up = len({stems[i] for i in hits}) / max(1, len(asked))
-    uptake = 0.7 * taken_up + 0.3 * len({4 * i // n for i in hits}) / 4 if asked else 0.6  # named, and all along
+    uptake = (
+        0.7 * taken_up + 0.3 * len({4 * i // n for i in hits}) / 4 if asked else 0.6
+    )  # named, and all along
     at["uptake"] = hits[0] if hits else 0
 
     broken = [i for i, _, good in sentences if not good]
@@ -103,16 +128,30 @@ def measure(prompt, story):
         after = words[i + 1] if not gap.strip() else gap.strip()[0]
         chances += word in _IMPOSSIBLE
         hangs = after in ".!?" and (word in _ARTICLES or word in _JOINERS)
-        if hangs or after in _IMPOSSIBLE.get(word, ()) or (after == word and word not in ("had", "that", "very", "so")):
+        if (
+            hangs
+            or after in _IMPOSSIBLE.get(word, ())
+            or (after == word and word not in ("had", "that", "very", "so"))
+        ):
             wrong.append(i)
-    odd = [i for i, word in enumerate(words) if not function[i] and not word.isdigit() and _ODD_WORD.search(word)]
+    odd = [
+        i
+        for i, word in enumerate(words)
+        if not function[i] and not word.isdigit() and _ODD_WORD.search(word)
+    ]
     at["grammar"], at["shape"] = wrong[0] if wrong else 0, odd[0] if odd else 0
-    strange = sum(not (c.isalnum() or c.isspace() or c in ".,;:!?'\"“”‘’—–-…()*_") for c in story) / len(story)
+    strange = sum(
+        not (c.isalnum() or c.isspace() or c in ".,;:!?'\"“”‘’—–-…()*_") for c in story
+    ) / len(story)
 
     window = min(n, 50)
     distinct = [len({*words[i : i + window]}) / window for i in range(0, n - window + 1, window)]
     usual = 1 - 0.0042 * window  # share of distinct words in a window of English prose
-    repeated = 1 - len({*zip(words, words[1:], words[2:], words[3:], strict=False)}) / (n - 3) if n > 3 else 0.0
+    repeated = (
+        1 - len({*zip(words, words[1:], words[2:], words[3:], strict=False)}) / (n - 3)
+        if n > 3
+        else 0.0
+    )
     said, again = set(), []
     for i, size, _ in sentences:
         sentence = tuple(words[i : i + size])
@@ -124,9 +163,15 @@ def measure(prompt, story):
     unpaired = sum(p.count('"') % 2 or p.count("“") != p.count("”") for p in speech)
     paired = 1 - unpaired / max(1, len(speech))
     quoted = sum(len(match[0].split()) for match in re.finditer(r'["“][^"“”]*["”]', story)) / n
-    at["talk"] = at["paired"] = next((i for i, (a, _) in enumerate(spans) if story[a - 1 : a] in ('"', "“")), 0)
+    at["talk"] = at["paired"] = next(
+        (i for i, (a, _) in enumerate(spans) if story[a - 1 : a] in ('"', "“")), 0
+    )
     plain = [i for i in range(n) if not function[i]]
-    abstract = [i for i in plain if words[i].endswith(("tion", "tions", "ness", "ity", "ment", "ism", "ance", "ence"))]
+    abstract = [
+        i
+        for i in plain
+        if words[i].endswith(("tion", "tions", "ness", "ity", "ment", "ism", "ance", "ence"))
+    ]
     at["concrete"] = abstract[0] if abstract else 0
     early = {stems[i] for i in plain if i < n / 2}
     late = [stems[i] in early for i in plain if i >= n / 2]
@@ -140,7 +185,9 @@ def measure(prompt, story):
         "sized": min(_ramp(mean, 1.5, 6), _ramp(mean, 60, 32)),  # words in a sentence
         "variety": _ramp(spread, 0.05, 0.45) if len(sizes) > 2 else 0.5,
         "grammar": 1 - _ramp(len(wrong) / chances, 0.02, 0.3),
-        "balance": min(_ramp(sum(function) / n, 0.15, 0.38), _ramp(sum(function) / n, 0.85, 0.65)),  # function words
+        "balance": min(
+            _ramp(sum(function) / n, 0.15, 0.38), _ramp(sum(function) / n, 0.85, 0.65)
+        ),  # function words
         "shape": 1 - _ramp(len(odd) / n, 0.01, 0.2),  # words that could be words
         "clean": 1 - _ramp(strange, 0.005, 0.08),  # characters of prose
         "diversity": _ramp(statistics.fmean(distinct), usual - 0.35, usual),
@@ -148,7 +195,9 @@ def measure(prompt, story):
         "paired": paired,  # quotation marks
         "talk": min(_ramp(quoted, 0, 0.08), _ramp(quoted, 1, 0.85)) * paired,
         "concrete": 1 - _ramp(len(abstract) / max(1, len(plain)), 0.04, 0.25),
-        "cohesion": _ramp(statistics.fmean(late or [0]), 0, 0.15),  # what the second half takes up of the first
+        "cohesion": _ramp(
+            statistics.fmean(late or [0]), 0, 0.15
+        ),  # what the second half takes up of the first
     }
     return values, at, spans
 
@@ -186,12 +235,22 @@ def offline_verdict(prompt, story):
         weights = _OFFLINE.get(d.key, {})
         parts = {name: weight * values.get(name, 0.0) for name, weight in weights.items()}
         gain, lack = sum(parts.values()), sum(weights.values()) - sum(parts.values())
-        score, quotes = round(d.max * (0.85 * gain * prose if d.key in POSITIVE else 0.7 * lack)), []
+        score, quotes = (
+            round(d.max * (0.85 * gain * prose if d.key in POSITIVE else 0.7 * lack)),
+            [],
+        )
         if score and spans:  # quote where the measure shows that gives, or costs, the most
-            given = parts if d.key in POSITIVE else {name: weights[name] - parts[name] for name in parts}
+            given = (
+                parts
+                if d.key in POSITIVE
+                else {name: weights[name] - parts[name] for name in parts}
+            )
             i = at.get(max(given, key=given.get), 0)
             quotes = [story[spans[i][0] : spans[min(i + 7, len(spans) - 1)][1]]]
-        said = ", ".join(f"{name} {values.get(name, 0.0):.2f}" for name in weights) or "nothing beyond the dimensions"
+        said = (
+            ", ".join(f"{name} {values.get(name, 0.0):.2f}" for name in weights)
+            or "nothing beyond the dimensions"
+        )
         justification = f"Text statistics, 0 bad to 1 good: {said}."
         verdict[d.key] = {"justification": justification, "quotes": quotes, "score": score}
     return verdict
@@ -199,7 +258,9 @@ def offline_verdict(prompt, story):
 
 def row_digest(prompt, story):
     """The name of a story and its prompt in the server's log."""
-    return hashlib.sha256(json.dumps([strip_length_sentence(prompt), story]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([strip_length_sentence(prompt), story]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _read_messages(messages):
@@ -210,7 +271,10 @@ def _read_messages(messages):
     marker = re.match(r"The marker is (\w+)\.", text)
     if not marker:
         return "", text
-    fences = [(f"[{name} {marker[1]}]\n", f"\n[END OF {name} {marker[1]}]") for name in ("PROMPT", "STORY")]
+    fences = [
+        (f"[{name} {marker[1]}]\n", f"\n[END OF {name} {marker[1]}]")
+        for name in ("PROMPT", "STORY")
+    ]
     return tuple(text.partition(before)[2].partition(after)[0] for before, after in fences)
 
 
@@ -218,7 +282,9 @@ class _Handler(BaseHTTPRequestHandler):
     """POST .../chat/completions in the form of OpenAI's API, with faults on demand."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes, which would wait 40 ms for each other
+    disable_nagle_algorithm = (
+        True  # head and body are two writes, which would wait 40 ms for each other
+    )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -226,13 +292,19 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
             prompt, story = _read_messages(request["messages"])
         except (ValueError, LookupError, TypeError):
-            return self._reply(400, {"error": {"message": "the body must be JSON with a list of messages"}})
+            return self._reply(
+                400, {"error": {"message": "the body must be JSON with a list of messages"}}
+            )
         if not self.path.endswith("/chat/completions"):
-            return self._reply(404, {"error": {"message": f"POST to /v1/chat/completions, not {self.path}"}})
+            return self._reply(
+                404, {"error": {"message": f"POST to /v1/chat/completions, not {self.path}"}}
+            )
         digest = row_digest(prompt, story)
         fault, attempt = self.server.draw(digest)
         time.sleep(self.server.delay)
-        self.server.write_log({"digest": digest, "attempt": attempt, "outcome": fault or "ok", "time": time.time()})
+        self.server.write_log(
+            {"digest": digest, "attempt": attempt, "outcome": fault or "ok", "time": time.time()}
+        )
         if fault.isdigit():
             return self._reply(int(fault), {"error": {"message": f"{fault} on demand"}})
         if fault == "silent":
@@ -242,9 +314,17 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             content = content[: len(content) // 2]
         sizes = len(body) // 4, len(content) // 4
-        answer = {"id": f"offline-{digest}", "object": "chat.completion", "created": int(time.time())}
+        answer = {
+            "id": f"offline-{digest}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+        }
         answer |= {"model": str(request.get("model")), "usage": {}}
-        answer["usage"] = {"prompt_tokens": sizes[0], "completion_tokens": sizes[1], "total_tokens": sum(sizes)}
+        answer["usage"] = {
+            "prompt_tokens": sizes[0],
+            "completion_tokens": sizes[1],
+            "total_tokens": sum(sizes),
+        }
         message = {"role": "assistant", "content": content}
         answer["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
         return self._reply(200, answer, reset=fault == "reset")
@@ -305,33 +385,16 @@ def _parse_faults(spec):
     faults = {}
     for item in filter(None, spec.split(",")):
         name, _, share = item.strip().partition(":")
-        if not re.fullmatch(r"[45]\d\d|reset|truncate|silent", name) or not re.fullmatch(r"[01]|[01]?\.\d+", share):
-            raise ValueError(f"fault {item!r}: write NAME:SHARE, as in 429:0.1,reset:0.05; NAME is {_FAULT_NAMES}")
+        if not re.fullmatch(r"[45]\d\d|reset|truncate|silent", name) or not re.fullmatch(
+            r"[01]|[01]?\.\d+", share
+        ):
+            raise ValueError(
+                f"fault {item!r}: write NAME:SHARE, as in 429:0.1,reset:0.05; NAME is {_FAULT_NAMES}"
+            )
         faults[name] = float(share)
     if sum(faults.values()) > 1:
         raise ValueError(f"faults {spec!r}: the shares add up to more than 1")
     return faults
-
-
-def serve_in_background(delay=0.0, faults="", seed=0, log=""):
-    """Start the offline judge in a process of its own -> (Popen, base_url). It ends when its stdin closes."""
-    options = {"--port": 0, "--delay": delay, "--faults": faults, "--seed": seed, "--log": log}
-    command = [sys.executable, str(Path(__file__).with_name("judge.py")), "serve", "--until-stdin-closes"]
-    command += [f"{name}={value}" for name, value in options.items()]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    url = process.stdout.readline().strip()
-    if not url:
-        raise RuntimeError(f"the offline judge did not start (exit code {process.wait()}); its message is on stderr")
-    return process, url
-
-
-def add_arguments(parser):
-    parser.add_argument("--port", type=int, default=8600, help="0: any free one [%(default)s]")
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
-    parser.add_argument("--faults", default="", help=f"NAME:SHARE,...; NAME is {_FAULT_NAMES}")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--log", default="", help="file that gets one JSON line a request")
-    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that holds our stdin")
 
 
 def serve(args):
@@ -344,3 +407,27 @@ def serve(args):
         server.serve_forever()
     except KeyboardInterrupt:
         pass
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=8600, help="0: any free one [%(default)s]")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--faults", default="", help=f"NAME:SHARE,...; NAME is {_FAULT_NAMES}")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--log", default="", help="file that gets one JSON line a request")
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end with the process that holds our stdin",
+    )
+    try:
+        serve(parser.parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"judge.py serve: {error}")
+
+
+if __name__ == "__main__":
+    main()

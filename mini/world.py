@@ -22,9 +22,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from data import Example
-from judge import word_count
+from reward import word_count
 
-LENGTHS = (25, 60)  # words: so far apart that a million parameters can tell them apart within minutes
+LENGTHS = (
+    25,
+    60,
+)  # words: so far apart that a million parameters can tell them apart within minutes
 HEROES = "fox badger hare goat crow toad mole wren".split()
 TRAITS = "small proud shy grey brave quiet hungry clever".split()
 THINGS = "lantern bell key kite drum ring boat map".split()
@@ -82,7 +85,11 @@ def fable(rng: random.Random, words: int) -> tuple[str, dict]:
     slots |= dict(trait=rng.choice(TRAITS), thing=rng.choice(THINGS))
     opening, *middles, ending = [
         sentence.format(**slots)
-        for sentence in (rng.choice(OPENINGS), *rng.sample(MIDDLES, len(MIDDLES)), rng.choice(ENDINGS))
+        for sentence in (
+            rng.choice(OPENINGS),
+            *rng.sample(MIDDLES, len(MIDDLES)),
+            rng.choice(ENDINGS),
+        )
     ]
     stories = [" ".join([opening, *middles[:n], ending]) for n in range(len(middles) + 1)]
     return min(stories, key=lambda story: abs(word_count(story) - words)), slots
@@ -119,7 +126,12 @@ def stretch(examples: list[Example], longest: int) -> list[Example]:
     With `longest` the longest trained story these are the thirds of the paper's 1–4k, 4–8k and 8–12k words.
     """
     return [
-        replace(ask_for(e, e.target_words + extra * longest), uid=f"{e.uid}+{extra}", story="", reasoning="")
+        replace(
+            ask_for(e, e.target_words + extra * longest),
+            uid=f"{e.uid}+{extra}",
+            story="",
+            reasoning="",
+        )
         for extra in (0, 1, 2)
         for e in examples
     ]
@@ -138,7 +150,10 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -150,7 +165,9 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     )
 
 
-def make_model(out: Path, examples: list[Example], seed: int, vocab_size: int = 512, hidden: int = 128) -> None:
+def make_model(
+    out: Path, examples: list[Example], seed: int, vocab_size: int = 512, hidden: int = 128
+) -> None:
     """Write a tokenizer trained on `examples` and a random hybrid model of about a million parameters to `out`."""
     tokenizer = make_tokenizer([f"{e.prompt}\n{e.story}" for e in examples], vocab_size)
     torch.manual_seed(seed)
