@@ -570,9 +570,9 @@ def end_as_planned(lengths, eos):
     """Random weights know no end: from now on `generate` ends row r with EOS after lengths[r] tokens, never before."""
     advance = rollout._advance
 
-    def planned(d, places, prompts, limit, stop, progress):
+    def planned(d, places, prompts, limit, stop, on_tokens):
         rows = list(enumerate(places))
-        ended = advance(d, places, prompts, limit, (), progress)
+        ended = advance(d, places, prompts, limit, (), on_tokens)
         for place, r in rows:
             if places[place] is not None and len(r.ids) >= lengths[r.row]:
                 r.ids[lengths[r.row] - 1 :] = [eos]

@@ -10,6 +10,7 @@ So a dead server costs seconds, a silent one a time-out, and 30% random faults p
 from the environment, travels in one header, and is cut out of whatever a provider sends back.
 """
 
+import argparse
 import email.utils
 import ipaddress
 import json
@@ -19,6 +20,7 @@ import random
 import re
 import threading
 import time
+from dataclasses import dataclass, field, fields
 from urllib.parse import urlsplit
 
 import requests
@@ -66,6 +68,57 @@ def api_key(env_name, base_url):
         ask = f"run `export {env_name}=...` first, or name another variable with --judge-key-env"
         raise ChatStop(f"no API key for the judge at {base_url}: {ask}")
     return key or None
+
+
+def option(default, text: str):
+    """A field with its line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Where a model is served and how it is asked: the fields of all --judge-… and --llm-… options."""
+
+    url: str = option("", "OpenAI-style base URL, e.g. http://localhost:8000/v1")
+    model: str = option("", "name of the model at that server")
+    key_env: str = option("", "environment variable that holds the API key")
+    extra: str = option(
+        "{}", "JSON object added to every request; a field that is null is left out"
+    )
+    concurrency: int = option(16, "requests in flight")
+    rpm: int = option(0, "requests per minute; 0: no limit")
+    timeout: float = option(600.0, "seconds per request, from first to last byte")
+    retries: int = option(4, "tries after the first")
+    price_in: float = option(0.0, "dollars per million prompt tokens")
+    price_out: float = option(0.0, "dollars per million answer tokens")
+
+    @property
+    def settings(self) -> dict:
+        """Keyword arguments of `Chat`. ValueError where `extra` is no JSON object."""
+        try:
+            extra = json.loads(self.extra)
+        except ValueError as error:
+            raise ValueError(f"extra is no JSON ({error})") from None
+        if not isinstance(extra, dict):
+            raise ValueError("extra is no JSON object")
+        names = ("rpm", "timeout", "retries", "price_in", "price_out")
+        return {name: getattr(self, name) for name in names} | {"extra_body": extra}
+
+
+def add_options(parser: argparse.ArgumentParser, prefix: str, default: ChatOptions) -> None:
+    """One group with an option --PREFIX-NAME for each field of ChatOptions."""
+    group = parser.add_argument_group(f"{prefix}: any server that speaks OpenAI's chat completions")
+    for f in fields(ChatOptions):
+        value = getattr(default, f.name)
+        flag = f"--{prefix}-{f.name.replace('_', '-')}"
+        group.add_argument(
+            flag, type=type(value), default=value, help=f"{f.metadata['help']} [{value!r}]"
+        )
+
+
+def options_from(values: dict, prefix: str) -> ChatOptions:
+    """ChatOptions out of parsed values that carry the prefix, e.g. vars(args)."""
+    return ChatOptions(**{f.name: values[f"{prefix}_{f.name}"] for f in fields(ChatOptions)})
 
 
 class Chat:

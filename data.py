@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         )
         command = [sys.executable, "-m", "corpus.build", *argv]
-        os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+        sys.exit(subprocess.call(command, env={**os.environ, "PYTHONPATH": path}))
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         description="Stories in: anthologies -> prompt-story pairs for POLARIS."

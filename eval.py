@@ -78,9 +78,9 @@ def stories(
         with open(path, "a", encoding="utf-8") as file, bar:
             tokens = 0
 
-            def tick(new: int) -> None:
+            def tick(rolled: rollout.Rollout, new: list[int]) -> None:
                 nonlocal tokens
-                tokens += new
+                tokens += len(new)
                 bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
                 bar.update(0)
 
@@ -108,7 +108,7 @@ def stories(
             seeds = [rollout.row_seed(seed, 0, example.uid, 0) for example in missing]
             eos = tokenizer.eos_token_id
             rollout.generate(
-                lm, ids, seeds, sampling, eos, max_rows=rows, on_finish=keep, progress=tick
+                lm, ids, seeds, sampling, eos, max_rows=rows, on_finish=keep, on_tokens=tick
             )
     records = [done[example.uid] for example in examples]
     write_jsonl(path, records)

@@ -748,7 +748,7 @@ def _run_client(args):
 
 def _serve(args):
     command, env = stand_in_command(args.arguments)
-    os.execve(sys.executable, command, env)
+    sys.exit(subprocess.call(command, env=env))
 
 
 def _print_schema(args):

@@ -365,13 +365,13 @@ def generate(
     *,
     max_rows: int = 0,
     on_finish: Callable[[Rollout], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Rollout, list[int]], None] | None = None,
 ) -> list[Rollout]:
     """Write one response per prompt (token ids, any lengths), in the order of the prompts.
 
     seeds: one 63-bit integer a prompt (`row_seed`).  eos: the id, or several, that end a response.
     max_rows: decode at most so many at a time; the others wait for a place (0: all at once).
-    on_finish(rollout) is called as each response ends, progress(n) with the number of tokens since the last call, both
+    on_tokens(rollout, new tokens) is called as a response grows, on_finish(rollout) as it ends, both
     in the calling thread. The model is put into eval mode and back. Raises ValueError for an empty prompt, a wrong
     number of seeds, or a model whose layers are neither full nor linear attention.
     """
@@ -413,7 +413,7 @@ def generate(
             with decoding(model):
                 while any(places) and not (waiting and None in places):
                     places = _compact(d, places)
-                    for r in _advance(d, places, prompts, sampling.max_new_tokens, stop, progress):
+                    for r in _advance(d, places, prompts, sampling.max_new_tokens, stop, on_tokens):
                         if on_finish:
                             on_finish(r)
     finally:
@@ -438,7 +438,7 @@ def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
 
 
 def _advance(
-    d: Decoder, places: list[Rollout | None], prompts, limit: int, stop: set[int], progress
+    d: Decoder, places: list[Rollout | None], prompts, limit: int, stop: set[int], on_tokens
 ) -> list[Rollout]:
     """Decode up to the next look; empty the places of the rows that ended, and return those."""
     live = [r for r in places if r is not None]
@@ -457,21 +457,21 @@ def _advance(
         raise FloatingPointError(
             "the model's logits are not finite: its weights or its inputs are broken"
         )
-    ended, n_new = [], 0
+    ended = []
     for row, r in enumerate(places):
         if r is None:
             continue
+        known = len(r.ids)
         for token in new[row]:
             r.ids.append(token)
-            n_new += 1
             r.finished = token in stop
             if r.finished or len(r.ids) == limit:
                 ended.append(r)
                 places[row] = None
                 d.pos[row] = 0  # it may stay in the batch: let it write over itself from the start
                 break
-    if progress:
-        progress(n_new)
+        if on_tokens:
+            on_tokens(r, r.ids[known:])
     return ended
 
 

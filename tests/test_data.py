@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from corpus import build
 from corpus.books import Story, author_key, key, kind_of, read_text, split_book
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
@@ -79,7 +80,7 @@ def test_bad_line_is_named_with_file_and_line(tmp_path, name, capsys):
     assert first.startswith(f"{path}:3: ") and all(fragment in first for fragment in fragments)
     assert "1 more" in str(error.value)  # the last line is bad too
     with pytest.raises(SystemExit):
-        data.main(["check", str(path), "--thinking"])
+        build.main(["check", str(path), "--thinking"])
     assert f"{path}:3: " in (printed := capsys.readouterr().out) and f"{path}:4: " in printed
 
 
@@ -256,7 +257,7 @@ def test_check_counts_tokens(tokenizer, tmp_path, capsys):
     if tokenizer.kind == "opens":
         tokenizer.save_pretrained(tmp_path / "tok")
         path = write_rows(tmp_path / "x.jsonl", row(), row(uid="b", story="word " * 400))
-        data.main(
+        build.main(
             [
                 "check",
                 str(path),
@@ -525,7 +526,7 @@ def test_no_gutenberg_text_survives_any_marker_spelling():
 
 
 def build(tmp_path, *arguments, name="train.jsonl"):
-    data.main(
+    build.main(
         [
             "build",
             *map(str, arguments),
@@ -761,7 +762,7 @@ def test_prompts_only(tmp_path):
     }
     for text in (json.dumps([chat, row()]), "\n".join(map(json.dumps, [chat, row()]))):
         (tmp_path / "p.json").write_text(text)
-        data.main(
+        build.main(
             [
                 "build",
                 str(tmp_path / "p.json"),
@@ -781,7 +782,7 @@ def test_prompts_only(tmp_path):
     ):
         (tmp_path / "p.json").write_text(bad)
         with pytest.raises(SystemExit, match=message):
-            data.main(
+            build.main(
                 [
                     "build",
                     str(tmp_path / "p.json"),
@@ -1039,21 +1040,21 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
         "--pause",
         "0.01",
     ]
-    data.main([*command, "1", "2"])
+    build.main([*command, "1", "2"])
     assert (tmp_path / "books/2.txt").read_text() == "The Project Gutenberg eBook\nof 2\n"
     assert asked == {"/cache/epub/1/pg1.txt": 1, "/cache/epub/2/pg2.txt": 2}
     with pytest.raises(
         SystemExit, match="(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"
     ):
-        data.main([*command, "1", "3", "4", "5"])
+        build.main([*command, "1", "3", "4", "5"])
     assert asked["/cache/epub/1/pg1.txt"] == 1
     assert sorted(p.name for p in (tmp_path / "books").iterdir()) == ["1.txt", "2.txt", "5.txt"]
     server.shutdown()
     server.server_close()
     with pytest.raises(SystemExit, match="cannot be reached"):
-        data.main([*command, "6"])
+        build.main([*command, "6"])
     capsys.readouterr()
-    data.main(["gutenberg", "--list"])
+    build.main(["gutenberg", "--list"])
     titles = capsys.readouterr().out.splitlines()
     assert len(titles) >= 80 and any(
         "Sherlock Holmes, Arthur Conan Doyle" in title for title in titles

@@ -22,18 +22,10 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import judge  # noqa: E402
 import mini.world as mini  # noqa: E402
-from eval import (  # noqa: E402
-    RecordError,
-    chart,
-    length_bucket,
-    length_table,
-    read_jsonl,
-    report,
-    slope,
-    text,
-    ticks,
-)
+from evals.length import length_bucket, length_table, slope
+from evals.report import chart, report, text, ticks
 from rollout import Sampling  # noqa: E402
+from rundir import RecordError, read_jsonl
 
 FAST = settings(derandomize=True, deadline=None, max_examples=60)
 OPENING = "A tired bear came to the cave and could not find a drum. By the hill a mouse sat mending a net."

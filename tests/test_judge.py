@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from judge_injections import attempts, perfect_verdict
 
 import judge
+import mini.standin as offline
 from judge import (
     CHECK_PROMPT,
     CHECK_STORY,

@@ -23,8 +23,10 @@ from worlds import ROOT, World, polaris_main
 
 import data
 import judge
+import mini.standin as offline
 import mini.world as mini  # noqa: E402
 import polaris
+from chat import ChatStop
 from policy import full_tensor
 
 TINY = "--steps 6 --prompts 2 --group 4 --save-every 2 --eval-prompts 2 --anchor-warmup 2".split()

@@ -35,7 +35,8 @@ from transformers.generation.logits_process import (
 from worlds import leave
 
 import rollout
-from rollout import Rollout, Sampling, copy_weights, generate, kernels, row_seed, sample, uniforms
+from policy import copy_weights
+from rollout import Rollout, Sampling, generate, kernels, row_seed, sample, uniforms
 
 VOCAB = 61
 COMMON = dict(
@@ -430,7 +431,7 @@ def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_sma
 # The contract of generate
 
 
-def test_on_finish_and_progress(hybrid):
+def test_on_finish_and_on_tokens(hybrid):
     seen, counts, lengths = [], [], []
 
     def on_finish(r):
@@ -446,7 +447,7 @@ def test_on_finish_and_progress(hybrid):
         s,
         (11, 12),
         on_finish=on_finish,
-        progress=counts.append,
+        on_tokens=lambda rollout, new: counts.append(len(new)),
         max_rows=0,
     )
     assert sorted(seen) == [r.row for r in out] == list(range(len(PROMPTS)))
