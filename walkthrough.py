@@ -142,9 +142,8 @@ forward pass. Prompt tokens have none. Those of rollout 5 count in n and have co
     table(tokens=sizes, A=ours, coefficient=[-a / n for a in ours])
 
     def batch(advantages: list[float]) -> tuple[torch.Tensor, ...]:
-        return collate(
-            [(prompt, row, -a / n) for row, a in zip(rows, advantages, strict=True)], "cpu"
-        )
+        pairs = zip(rows, advantages, strict=True)
+        return collate([(prompt, row, -a / n) for row, a in pairs], "cpu")
 
     ids, positions, targets, coef = batch(ours)
     loss, logp, _ = policy(ids, positions, targets, coef)
