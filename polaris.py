@@ -51,10 +51,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download  # comes with transformers
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import data
@@ -237,7 +236,7 @@ class Run:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # sharded, trained
-    copy: nn.Module  # whole, generates
+    copy: PreTrainedModel  # whole, generates
     optimizer: torch.optim.Optimizer
     judge: Judge
     train: list[Example]

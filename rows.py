@@ -73,7 +73,7 @@ def rollout_row(
     """The row of a finished rollout of `job`: (example, number within the group)."""
     ids = rollout.ids[:-1] if rollout.finished else rollout.ids
     # Special tokens stay visible: a policy that puts them into its story is seen doing so.
-    thought, story = data.split_response(tokenizer.decode(ids), thinking)
+    thought, story = data.split_response(str(tokenizer.decode(ids)), thinking)
     return Row(*job, False, prompt_ids, rollout.ids, rollout.finished, thought, story)
 
 

@@ -21,7 +21,7 @@ def read_jsonl(
     needs: fields that each record must have, with spaces between. A killed run leaves its last
     line half-written; RecordError for any other broken one.
     """
-    records = []
+    records: list[dict] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
