@@ -40,18 +40,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download  # comes with transformers
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -63,14 +63,15 @@ from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
 from judge import Judge, Verdict, start_stand_in
+from log import Log, Stopwatch
 from mini import world
 from policy import Policy, accumulate, apply, copy_weights, export, load, load_policy, save
+from ranks import from_rank_0, join, on_all_ranks, setup
 from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed
 from rows import (
     Row,
     anchor_rows,
     halves,
-    on_all_ranks,
     record,
     rollout_row,
     set_advantages,
@@ -78,7 +79,7 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import append, last_line, rewind, write
+from rundir import append, rewind, write
 
 
 def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
@@ -193,29 +194,6 @@ def stop_if_too_many_failed(run: "Run", step: int, rows: list[Row]) -> None:
             f"{run.judge.url}, more than --max-judge-failures {run.cfg.max_judge_failures:g} "
             f"allows; the last reason: {failed[-1]}"
         )
-
-
-class Stopwatch:
-    """Seconds of each phase of a step. A GPU finishes what it was asked for before it is read."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.phases: dict[str, float] = {}
-        self.started = self.now()
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = self.now()
-        yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - begin
-
-    def seconds(self) -> dict[str, float]:
-        return self.phases | {"step": self.now() - self.started}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,7 +347,7 @@ def train(run: Run, warm_examples: list[Example]) -> None:
 
     if label := validation_due(done):
         validate(run, done, label)
-    log = Log(run, steps, done)
+    log = Log(run.out, cfg, steps, done) if run.rank == 0 else None
     for step in range(done + 1, steps + 1):
         try:
             metrics, rows = train_step(run, step)
@@ -377,116 +355,19 @@ def train(run: Run, warm_examples: list[Example]) -> None:
             run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
             save_step(run, step - 1)
             raise
-        log.step(metrics, rows)
+        stats = on_all_ranks(run.judge.stats)
+        if log:
+            log.step(metrics, rows, stats)
         label = validation_due(step)
         if label or step % cfg.save_every == 0:
             save_step(run, step)
         if label:
             validate(run, step, label)
-    log.close()
-
-
-class Log:
-    """What rank 0 records and shows of each step."""
-
-    def __init__(self, run: Run, steps: int, done: int):
-        self.run = run
-        self.steps = steps
-        self.main = run.rank == 0
-        # Spent on the judge before an interruption: the newest line's running totals.
-        last = last_line(run.out / "metrics.jsonl") if self.main else None
-        self.spent = last["judge"] if last else {}
-        self.track = open_tracker(run.cfg, run.out) if self.main else None
-        self.bar = tqdm(
-            total=steps, initial=done, desc="steps", disable=not self.main, dynamic_ncols=True
-        )
-
-    def step(self, metrics: dict[str, Any], rows: list[Row]) -> None:
-        """Records of one step. Called on every rank, since each has judge calls of its own."""
-        stats = on_all_ranks(self.run.judge.stats)
-        if not self.main:
-            return
-        bill = {k: self.spent.get(k, 0) + sum(s[k] for s in stats) for k in stats[0]}
-        bill["dollars_projected"] = bill["dollars"] * self.steps / metrics["step"]
-        for row in rows:
-            line = {"step": metrics["step"], **record(row), "advantage": row.advantage}
-            append(self.run.out / "rollouts.jsonl", line)
-        append(self.run.out / "metrics.jsonl", metrics | {"judge": bill})
-        if self.track:
-            self.track(metrics | {"judge": bill}, metrics["step"])
-        shown = {
-            "reward": metrics["reward_mean"],
-            "length error": metrics["length_error"],
-            "words": metrics["words"],
-            "$": bill["dollars"],
-        }
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value})
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def open_tracker(cfg: Config, out: Path) -> Callable[[dict[str, Any], int], None] | None:
-    """A function (metrics, step) for wandb or TensorBoard; None without one."""
-    if cfg.tracker == "wandb":
-        import wandb
-
-        wandb.init(project="polaris", name=out.name, config=flatten(cfg), dir=out)
-        return lambda metrics, step: wandb.log(metrics, step=step)
-    if cfg.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(out))
-
-        def log(metrics: dict[str, Any], step: int) -> None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(name, value, step)
-
-        return log
-    return None
 
 
 # --------------------------------------------------------------------------------------------------
 # A run, from the command line to the report
 # --------------------------------------------------------------------------------------------------
-
-
-def join() -> int:
-    """Join the other ranks; outside torchrun, stand alone. Returns the rank."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Ranks wait for each other's judge calls, which may take several time-outs.
-    patience = timedelta(hours=6)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
-    return dist.get_rank()
-
-
-def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
-    """Mesh and this rank's device. Over several nodes: shards inside a node, replicas across."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    gpus = torch.cuda.device_count()
-    if cfg.device == "cuda" and gpus < local_world:
-        raise ConfigError(
-            f"--device cuda: {local_world} ranks but {gpus} GPUs here; "
-            f"start {gpus} with --nproc_per_node"
-        )
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpus >= local_world)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    shape: tuple[int, ...] = (local_world,)
-    names: tuple[str, ...] = ("shard",)
-    nodes = dist.get_world_size() // local_world
-    if nodes > 1:
-        shape = (nodes, local_world)
-        names = ("replicate", "shard")
-    return init_device_mesh(device.type, shape, mesh_dim_names=names), device
 
 
 @dataclass
@@ -554,13 +435,6 @@ def open_judge(cfg: Config, out: Path) -> Iterator[Judge]:
         if process:
             process.stdin.close()  # it ends with it, as it does when this process is killed
             process.wait()
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on all ranks."""
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
 
 
 def find_model(name: str) -> Path:

@@ -1,22 +1,19 @@
 """The rows of a step: what becomes of a prompt, from token ids to an advantage and a line on disk.
 
 Advantages are grpo.group_advantages over whole groups. Everything else here is bookkeeping that
-`train_step` should not have to show: how a row is made, shared between ranks and summed up.
+`train_step` should not have to show: how a row is made and summed up.
 """
 
 import math
 import statistics
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 import data
-from chat import ChatStop
 from config import Config
 from data import Example
 from grpo import group_advantages
@@ -129,30 +126,6 @@ def halves(rows: list[Row]) -> list[list[Row]]:
     total = sum(tokens)
     cut = min(range(len(order)), key=lambda n: abs(sum(tokens[:n]) - total / 2))
     return [sum(part, []) for part in (order[:cut], order[cut:]) if part]
-
-
-T = TypeVar("T")
-
-
-def on_all_ranks(function: Callable[[], T]) -> list[T]:
-    """What `function` returns on each rank, on all of them; ChatStop on all if it is one's.
-
-    A rank gets its own result back as it is, with what cannot travel.
-    """
-    mine: T | None = None
-    stopped = ""
-    try:
-        mine = function()
-    except ChatStop as e:
-        stopped = str(e)
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, (mine, stopped))
-    for _, reason in everything:
-        if reason:
-            raise ChatStop(reason)
-    results = [result for result, _ in everything]
-    results[dist.get_rank()] = mine
-    return results
 
 
 # --------------------------------------------------------------------------------------------------
