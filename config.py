@@ -1,11 +1,19 @@
-"""Every knob of a run with its line of help, presets, and the checks before anything is written or paid for."""
+"""Every knob of a run with its line of help, in the order of a step; presets; checks.
+
+The defaults are the published run (arXiv 2606.04095), so `--preset paper` changes none of them;
+`--preset mini` is the offline miniature. A run keeps its settings in config.json, flat, under the
+names of the options.
+"""
 
 import argparse
 import importlib.util
 import json
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from chat import ChatOptions
 from reward import RewardConfig
 from rollout import Sampling
 
@@ -14,114 +22,115 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the option and what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: the defaults are the published run, MINI is what the miniature changes
-# ----------------------------------------------------------------------------------------------------------------------
+def knob(default: Any, text: str, *, choices: tuple[str, ...] = (), may_change: bool = False):
+    """A field with its line of help. may_change: on resume, since it does not affect results."""
+    return field(default=default, metadata=dict(help=text, choices=choices, may_change=may_change))
 
 
-def opt(default, text: str, free: bool = False):
-    """A field with its line of help. `free`: may differ when a run is resumed, since it does not change the numbers."""
-    return field(default=default, metadata={"help": text, "free": free})
+JUDGE_EXTRA = (
+    '{"temperature": 0.2, "top_p": 0.9, "max_tokens": 65536, '
+    '"reasoning_effort": "medium", "service_tier": "flex"}'
+)
 
 
 @dataclass(frozen=True)
-class Config(RewardConfig):
-    """Every knob of a run. The reward's constants come first, inherited from judge.RewardConfig."""
+class Config:
+    """Every knob of a run; those of `judge` and `reward` stand in chat.py and reward.py."""
 
-    preset: str = opt("mini", "mini: the offline miniature | paper: the published run")
-    # model and data
-    model: str = opt(
-        "Qwen/Qwen3.5-9B", "Hugging Face model, name or directory; '' makes the miniature's own"
-    )
-    data: str = opt(
-        "", "JSONL of prompt–story pairs (see data.py); '' writes the miniature's fables"
-    )
-    eval_data: str = opt(
-        "", "JSONL of held-out prompts for validation; '' none (mini: held out from --data)"
-    )
-    thinking: bool = opt(True, "chat template with thinking; anchors then need a reasoning trace")
-    max_prompt: int = opt(256, "tokens; longer prompts are dropped")
     # run
-    out: str = opt("", "run directory; '' is runs/PRESET-DATE-TIME", free=True)
-    resume: bool = opt(False, "go on from the newest checkpoint in --out", free=True)
-    seed: int = opt(3479, "everything random derives from it")
-    steps: int = opt(0, "training steps; 0 is one epoch", free=True)
-    save_every: int = opt(5, "steps between checkpoints", free=True)
-    keep: int = opt(2, "newest checkpoints to keep (of a 9B model, 108 GB each)", free=True)
-    eval_every: int = opt(
-        20, "steps between validations; before and after training there is always one"
+    preset: str = knob(
+        "mini", "mini: the offline miniature | paper: the published run", choices=("mini", "paper")
     )
-    device: str = opt(
+    out: str = knob("", "run directory; '' is runs/PRESET-DATE-TIME", may_change=True)
+    resume: bool = knob(False, "go on from the newest checkpoint in --out", may_change=True)
+    seed: int = knob(3479, "everything random derives from it")
+    steps: int = knob(0, "training steps; 0: one epoch", may_change=True)
+    save_every: int = knob(5, "steps between checkpoints", may_change=True)
+    keep: int = knob(2, "newest checkpoints to keep (at 9B, 108 GB each)", may_change=True)
+    device: str = knob(
         "auto",
-        "auto: a GPU for each rank where there are enough, else the CPU | cpu | cuda",
-        free=True,
+        "auto: a GPU for each rank where there are enough, else the CPU",
+        choices=("auto", "cpu", "cuda"),
+        may_change=True,
     )
-    tracker: str = opt(
-        "none", "none | wandb | tensorboard: where metrics go besides metrics.jsonl", free=True
-    )
-    # groups and anchors
-    prompts: int = opt(8, "prompts per step")
-    group: int = opt(6, "rows per prompt, the anchor included")
-    anchor: bool = opt(True, "human-reference injection; without it all rows are policy rollouts")
-    anchor_peak: float = opt(0.4, "weight of the anchor's advantage after the warm-up")
-    anchor_warmup: int = opt(15, "steps over which that weight rises from 0")
-    anchor_decay: int = opt(0, "steps over which it then falls to --anchor-final; 0: it stays")
-    anchor_final: float = opt(0.0, "weight after the decay")
-    anchor_shape: str = opt("linear", "linear | cosine decay")
-    anchor_std_floor: float = opt(
-        0.05, "least spread that an anchor is measured with; 0: the bare formula"
-    )
-    anchor_cap: bool = opt(
-        True, "clamp the weighted anchor advantage to what the best of K rollouts could have"
-    )
-    # sampling
-    temperature: float = opt(1.0, "of sampling")
-    top_p: float = opt(0.95, "nucleus, inside the top k")
-    top_k: int = opt(20, "most likely tokens kept; 0: all")
-    repetition_penalty: float = opt(1.10, "on tokens the row already holds; 1: none")
-    # optimiser
-    lr: float = opt(1e-6, "AdamW, constant")
-    beta1: float = opt(0.9, "AdamW")
-    beta2: float = opt(0.999, "AdamW")
-    weight_decay: float = opt(0.01, "AdamW")
-    grad_clip: float = opt(1.0, "largest gradient norm")
-    recompute: bool = opt(
-        True, "keep only each layer's input for the backward pass and compute the rest again"
-    )
-    micro_tokens: int = opt(
-        16384, "padded tokens per forward pass of a rank (always at least one row)"
-    )
-    # judge
-    judge_url: str = opt(
-        "",
-        "OpenAI-style base URL, e.g. http://localhost:8000/v1; mini: '' starts the offline judge",
-        free=True,
-    )
-    judge_model: str = opt("gemini-3-flash-preview", "name of the judge model")
-    judge_key_env: str = opt("JUDGE_API_KEY", "environment variable with the API key", free=True)
-    judge_extra: str = opt(
-        '{"temperature": 0.2, "top_p": 0.9, "max_tokens": 65536, "reasoning_effort": "medium", "service_tier": "flex"}',
-        "JSON added to every judge request",
-    )
-    judge_concurrency: int = opt(16, "requests in flight per rank", free=True)
-    judge_rpm: int = opt(0, "requests per minute and rank; 0: no limit", free=True)
-    judge_timeout: float = opt(600.0, "seconds per request, all told", free=True)
-    judge_retries: int = opt(4, "tries after the first", free=True)
-    judge_price_in: float = opt(0.0, "dollars per million prompt tokens", free=True)
-    judge_price_out: float = opt(0.0, "dollars per million answer tokens", free=True)
-    max_judge_failures: float = opt(
-        0.5, "share of a step's stories; above it the run saves and stops", free=True
-    )
-    # supervised warm start: the same update with every row an anchor of advantage 1
-    warm_steps: int = opt(
-        0, "supervised steps before reinforcement learning (mini: on misleading lengths)"
-    )
-    warm_rows: int = opt(16, "stories per supervised step")
-    warm_lr: float = opt(3e-3, "AdamW, falling linearly to a tenth")
-    eval_prompts: int = opt(
-        40, "mini: prompts held out, at most a fifth; each is asked at 1x, 2x and 3x"
+    tracker: str = knob(
+        "none",
+        "where metrics go besides metrics.jsonl",
+        choices=("none", "wandb", "tensorboard"),
+        may_change=True,
     )
 
+    # model and data
+    model: str = knob("Qwen/Qwen3.5-9B", "name or directory; '': the miniature's own")
+    data: str = knob("", "JSONL of prompt–story pairs (data.py); '': the miniature's fables")
+    prompts: int = knob(8, "prompts per step")
+    max_prompt: int = knob(256, "tokens; longer prompts are dropped")
+    thinking: bool = knob(True, "chat template with thinking; anchors need a reasoning trace")
+
+    # groups and anchors
+    group: int = knob(6, "rows per prompt, the anchor included")
+    anchor: bool = knob(True, "human-reference injection; without it every row is a rollout")
+    anchor_peak: float = knob(0.4, "weight of the anchor's advantage after the warm-up")
+    anchor_warmup: int = knob(15, "steps over which that weight rises from 0")
+    anchor_decay: int = knob(0, "steps of its fall to --anchor-final; 0: none (as in the paper)")
+    anchor_final: float = knob(0.0, "weight after the decay, which only the release's code has")
+    anchor_shape: str = knob("linear", "of the decay", choices=("linear", "cosine"))
+    anchor_std_floor: float = knob(
+        0.05, "lower bound on the group's std in the anchor's advantage; 0: the paper's formula"
+    )
+    anchor_cap: bool = knob(
+        True, "clamp the anchor's advantage to ±(K−1)/√K, the largest a rollout can get"
+    )
+
+    # rollouts
+    temperature: float = knob(1.0, "of sampling")
+    top_p: float = knob(0.95, "nucleus, inside the top k; 1: off")
+    top_k: int = knob(20, "most likely tokens kept; 0: all")
+    repetition_penalty: float = knob(1.10, "on tokens already in prompt or response; 1: off")
+
+    # judge
+    judge: ChatOptions = ChatOptions(
+        model="gemini-3-flash-preview", key_env="JUDGE_API_KEY", extra=JUDGE_EXTRA
+    )
+    max_judge_failures: float = knob(
+        0.5, "share of a step's stories; above it the run saves and stops", may_change=True
+    )
+
+    # reward
+    reward: RewardConfig = RewardConfig()
+
+    # update
+    lr: float = knob(1e-6, "learning rate of AdamW, constant")
+    beta1: float = knob(0.9, "AdamW: decay of the gradient's mean")
+    beta2: float = knob(0.999, "AdamW: decay of the gradient's square")
+    weight_decay: float = knob(0.01, "AdamW")
+    grad_clip: float = knob(1.0, "largest gradient norm")
+    recompute: bool = knob(True, "keep only each layer's input and compute the rest again")
+    micro_tokens: int = knob(16384, "padded tokens per forward pass of a rank (at least one row)")
+
+    # supervised warm start
+    warm_steps: int = knob(0, "supervised steps before the first (mini: on misleading lengths)")
+    warm_rows: int = knob(16, "stories per supervised step")
+    warm_lr: float = knob(3e-3, "learning rate, falling linearly to a tenth")
+
+    # validation
+    eval_data: str = knob("", "JSONL of held-out prompts; '': none (mini: held out of --data)")
+    eval_every: int = knob(20, "steps between validations; one before and one after are certain")
+    eval_prompts: int = knob(40, "mini: prompts held out of --data, each used at 1×, 2×, 3× length")
+
+
+# The groups of --help, each by its first field.
+GROUPS = {
+    "preset": "run",
+    "model": "model and data",
+    "group": "groups and anchors",
+    "temperature": "rollouts",
+    "judge": "judge (any server that speaks OpenAI's chat completions)",
+    "reward": "reward",
+    "lr": "update",
+    "warm_steps": "supervised warm start",
+    "eval_data": "validation",
+}
 
 MINI = dict(
     model="",
@@ -140,8 +149,8 @@ MINI = dict(
     judge_extra="{}",
     judge_timeout=30.0,
     warm_steps=160,
-    max_response=0,
-    # the reward's absolute constants, scaled from 1,000–4,000 words to 25–60
+    # The reward's absolute constants, scaled from 1,000–4,000 words to 25–60.
+    max_response=0,  # 0: half as long again as the longest anchor
     min_target=5,
     blank_words=5,
     len_below_min=3,
@@ -151,120 +160,153 @@ MINI = dict(
 PRESETS = {"mini": MINI, "paper": {}}
 
 
+@dataclass(frozen=True)
+class Option:
+    """A knob as the command line and config.json know it."""
+
+    name: str
+    default: Any
+    group: str
+    help: str
+    choices: tuple[str, ...] = ()
+    may_change: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def options() -> Iterator[Option]:
+    """All knobs, flat: those of `judge` as judge_url, …, those of `reward` by their own names."""
+    group = ""
+    for f in fields(Config):
+        group = GROUPS.get(f.name, group)
+        if f.name == "judge":
+            for part in fields(ChatOptions):
+                default = getattr(f.default, part.name)
+                may_change = part.name not in ("model", "extra")  # which decide what it answers
+                name = f"judge_{part.name}"
+                yield Option(name, default, group, part.metadata["help"], (), may_change)
+        elif f.name == "reward":
+            for part in fields(RewardConfig):
+                yield Option(part.name, part.default, group, part.metadata["help"])
+        else:
+            yield Option(f.name, f.default, group, **f.metadata)
+
+
+def flatten(cfg: Config) -> dict[str, Any]:
+    """Option name → value, as in config.json."""
+    flat = asdict(cfg)
+    judge = {f"judge_{name}": value for name, value in flat.pop("judge").items()}
+    return flat.pop("reward") | judge | flat
+
+
+def unflatten(values: dict[str, Any]) -> Config:
+    """The Config with these values under option names, and its defaults otherwise."""
+    known = {o.name: values.get(o.name, o.default) for o in options()}
+    reward = RewardConfig(**{f.name: known.pop(f.name) for f in fields(RewardConfig)})
+    judge = ChatOptions(**{f.name: known.pop(f"judge_{f.name}") for f in fields(ChatOptions)})
+    return Config(**known, judge=judge, reward=reward)
+
+
 def parse(argv: list[str]) -> Config:
-    """Command line → Config: the preset's values, then what was given. Unknown options end the program with usage."""
+    """Command line → Config: the preset's values, then what was given.
+
+    Unknown options end the program with its usage; ConfigError for settings that cannot work.
+    """
     parser = argparse.ArgumentParser(
-        prog="polaris.py",
-        usage="polaris.py [--preset mini|paper] [--OPTION VALUE ...]     (--help lists all options)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="polaris",
+        usage="polaris.py [--preset mini|paper] [--OPTION VALUE ...]     (--help: all options)",
+        description="Train a model to write stories. A default of the miniature stands after '|'.",
+        argument_default=argparse.SUPPRESS,  # only what was given comes back
         allow_abbrev=False,
     )
-    for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
-        about = f.metadata.get("help", "constant of the reward, see judge.RewardConfig")
-        text = f"{about} [{f.default!r}" + (f"; mini {MINI[f.name]!r}]" if f.name in MINI else "]")
-        options = dict(default=MISSING, help=text.replace("%", "%%"))
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    groups: dict[str, Any] = {}
+    for o in options():
+        if o.group not in groups:
+            groups[o.group] = parser.add_argument_group(o.group)
+        mini = f" | {MINI[o.name]!r}" if o.name in MINI else ""
+        text = f"{o.help} [{o.default!r}{mini}]".replace("%", "%%")
+        add = groups[o.group].add_argument
+        if isinstance(o.default, bool):
+            add(o.flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = list(PRESETS) if f.name == "preset" else None
-            parser.add_argument(
-                flag, type=kind, metavar=kind.__name__.upper(), choices=choices, **options
+            kind = type(o.default)
+            add(
+                o.flag,
+                type=kind,
+                metavar=kind.__name__.upper(),
+                choices=o.choices or None,
+                help=text,
             )
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not MISSING}
-    base = PRESETS[given.get("preset", "mini")]
-    if given.get("resume"):
-        base = saved_config(given)
-    cfg = Config(**base | given)
+    given = vars(parser.parse_args(argv))
+    base = saved_values(given) if given.get("resume") else PRESETS[given.get("preset", "mini")]
+    cfg = unflatten(base | given)
     check(cfg)
     return cfg
 
 
-def saved_config(given: dict) -> dict:
-    """The configuration of the run to resume. What was `given` anew may differ only where it changes no number."""
+def saved_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run to resume. `given` anew may only be what does not affect results."""
     path = Path(given.get("out", "")) / "config.json"
     if not path.is_file():
         raise ConfigError(
             f"--resume: {path} does not exist; name the directory of an earlier run with --out"
         )
     saved = json.loads(path.read_text())
-    free = {f.name for f in fields(Config) if f.metadata.get("free")}
-    if other := [name for name in given if name not in free and saved.get(name) != given[name]]:
-        changes = ", ".join(
-            f"{name} {saved.get(name)!r} there and {given[name]!r} here" for name in other
-        )
+    may_change = {o.name for o in options() if o.may_change}
+    changed = [n for n in given if n not in may_change and saved.get(n) != given[n]]
+    if changed:
+        listed = ", ".join(f"{n} {saved.get(n)!r} there and {given[n]!r} here" for n in changed)
         raise ConfigError(
-            f"{path} is of another configuration ({changes}): leave these options out, or start a new run"
+            f"{path} is of another configuration ({listed}): leave these options out, "
+            "or start a new run"
         )
     return saved
 
 
 def check(cfg: Config) -> None:
     """Refuse what cannot work, before anything is written or paid for."""
-    for name, choices in {
-        "device": ("auto", "cpu", "cuda"),
-        "tracker": ("none", "wandb", "tensorboard"),
-        "anchor_shape": ("linear", "cosine"),
-    }.items():
-        if getattr(cfg, name) not in choices:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)!r}: choose from {', '.join(choices)}"
-            )
     if cfg.tracker != "none" and not importlib.util.find_spec(cfg.tracker):
         raise ConfigError(
             f"--tracker {cfg.tracker}: the package is not here; pip install {cfg.tracker}"
         )
-    for f in fields(cfg):
-        if (
-            isinstance(value := getattr(cfg, f.name), int | float) and not value >= 0
-        ):  # NaN is not either
-            raise ConfigError(
-                f"--{f.name.replace('_', '-')} {value}: must be a number, and not below 0"
-            )
+    values = flatten(cfg)
+    at_least_1 = "prompts save_every keep micro_tokens warm_rows judge_concurrency eval_prompts"
+    for o in options():
+        value = values[o.name]
+        if isinstance(value, int | float) and not value >= 0:  # NaN is not either
+            raise ConfigError(f"{o.flag} {value}: must be a number, and not below 0")
+        if o.name in at_least_1.split() and value < 1:
+            raise ConfigError(f"{o.flag} {value}: must be at least 1")
     try:
         Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty)
     except ValueError as e:
         raise ConfigError(f"sampling {e}") from None
-    for name in (
-        "prompts",
-        "save_every",
-        "keep",
-        "micro_tokens",
-        "warm_rows",
-        "judge_concurrency",
-        "eval_prompts",
-    ):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1"
-            )
+    try:
+        cfg.judge.settings  # noqa: B018
+    except ValueError as e:
+        raise ConfigError(f"--judge-extra: {e}") from None
     if cfg.group < (3 if cfg.anchor else 2):
         raise ConfigError(
-            f"--group {cfg.group}: a group needs two policy rollouts for its statistics, besides its anchor"
+            f"--group {cfg.group}: a group needs two rollouts for its statistics, "
+            "besides its anchor"
         )
-    if not cfg.resume and cfg.out and Path(cfg.out).exists() and any(Path(cfg.out).iterdir()):
+    out = Path(cfg.out)
+    if cfg.out and not cfg.resume and out.exists() and any(out.iterdir()):
         raise ConfigError(
-            f"--out {cfg.out} is not empty: add --resume to go on with that run, or choose another"
+            f"--out {out} is not empty: add --resume to go on with that run, or choose another"
         )
-    try:
-        extra = json.loads(cfg.judge_extra)
-    except json.JSONDecodeError as e:
-        raise ConfigError(
-            f"--judge-extra is no JSON ({e}): give an object such as '{{\"temperature\": 0.2}}'"
-        ) from None
-    if not isinstance(extra, dict):
-        raise ConfigError("--judge-extra must be a JSON object, such as '{\"temperature\": 0.2}'")
     if cfg.model and not cfg.data:
         raise ConfigError(
-            "--data is missing: a JSONL of prompts and human stories. "
-            "Make one from any anthology with `python data.py build BOOK.txt … --out train.jsonl`"
+            "--data is missing: a JSONL of prompts and human stories. Make one from any anthology "
+            "with `python data.py build BOOK.txt … --out train.jsonl`"
         )
-    if cfg.preset == "paper" and not cfg.judge_url:
+    if cfg.preset == "paper" and not cfg.judge.url:
         raise ConfigError(
-            "--judge-url is missing: an OpenAI-style endpoint of the judge, with its key in the environment variable "
-            f"{cfg.judge_key_env} (README, 'Judges', has a recipe per provider)"
+            "--judge-url is missing: an OpenAI-style endpoint of the judge, with its key in the "
+            f"environment variable {cfg.judge.key_env} (docs/judges.md has a recipe per provider)"
         )
-    for name in ("data", "eval_data"):
-        if (path := getattr(cfg, name)) and not Path(path).is_file():
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file")
+    for flag, path in (("--data", cfg.data), ("--eval-data", cfg.eval_data)):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{flag} {path}: there is no such file")

@@ -3,21 +3,25 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 
 class RecordError(ValueError):
     """A file or folder that cannot be used: says which, why, and what to do."""
 
 
-def read_jsonl(path: Path, needs: str = "", keep: Callable[[dict], bool] = lambda record: True):
-    """(records that `keep` wants, whether the last line was half-written and left out, as a killed run leaves it).
+def read_jsonl(
+    path: Path, needs: str = "", keep: Callable[[dict], bool] = lambda record: True
+) -> tuple[list[dict], bool]:
+    """(records that `keep` wants, whether a half-written last line was left out).
 
-    needs: the fields that each record must have, with spaces between. Raises RecordError for any other broken line.
+    needs: fields that each record must have, with spaces between. A killed run leaves its last
+    line half-written; RecordError for any other broken one.
     """
-    records = []
+    records: list[dict] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -29,9 +33,8 @@ def read_jsonl(path: Path, needs: str = "", keep: Callable[[dict], bool] = lambd
                     f"{path}:{number}: not a line of JSON ({error}); repair or remove it"
                 ) from None
             if missing := set(needs.split()) - set(record):
-                raise RecordError(
-                    f"{path}:{number}: no {', '.join(sorted(missing))} in it; is this the right file?"
-                )
+                listed = ", ".join(sorted(missing))
+                raise RecordError(f"{path}:{number}: no {listed} in it; is this the right file?")
             if keep(record):
                 records.append(record)
     return records, False
@@ -49,7 +52,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def append(path: Path, line: dict) -> None:
-    """One JSON line, in ASCII: whatever a policy or a judge wrote, only a line's end is a line break."""
+    """One JSON line. ASCII escapes keep Unicode line separators in a story from splitting it."""
     with path.open("a") as f:
         f.write(json.dumps(line) + "\n")
 
@@ -61,7 +64,13 @@ def rewind(path: Path, step: int) -> None:
         write_jsonl(path, [line for line in lines if line["step"] <= step])
 
 
-def mean(values) -> float | None:
+def last_line(path: Path) -> dict | None:
+    """The newest whole record of a file; None where there is none."""
+    records = read_jsonl(path)[0] if path.exists() else []
+    return records[-1] if records else None
+
+
+def mean(values: Iterable[Any]) -> float | None:
     """Mean of the finite numbers among `values`; None if there is none."""
     known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return fmean(known) if known else None

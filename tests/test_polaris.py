@@ -1,4 +1,5 @@
-"""polaris.py over real processes, sockets and kills: resume is exact, a failed verdict trains nothing, errors help."""
+"""polaris.py over real processes, sockets and kills: resume is exact, a failed verdict trains
+nothing, errors help."""
 
 import json
 import os
@@ -27,7 +28,10 @@ import mini.standin as offline
 import mini.world as mini  # noqa: E402
 import polaris
 from chat import ChatStop
+from config import flatten, options, parse
 from policy import full_tensor
+from reward import strip_length_sentence
+from rows import Row, halves
 
 TINY = "--steps 6 --prompts 2 --group 4 --save-every 2 --eval-prompts 2 --anchor-warmup 2".split()
 TINY += "--warm-steps 2 --warm-rows 4 --device cpu".split()
@@ -73,8 +77,8 @@ def numbers(out: Path) -> dict:
 
 
 def checked_main(argv: list[str]) -> int:
-    """polaris.main, asserting after every step that it learnt from every row whole, anchors included, and that the copy
-    which writes equals the policy which learns."""
+    """polaris.main, asserting after every step that it trained on every row whole, anchors
+    included, and that the copy which generates equals the policy which is trained."""
     step, accumulate, taught = polaris.train_step, polaris.accumulate, []
 
     def noted(policy, ids, advantages, *rest):
@@ -141,7 +145,7 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
         and metrics[5]["anchor_weight"] == 0.4
     )
 
-    # Killed in the middle of step 4 or so, then while the checkpoint of step 4 is written, then left alone.
+    # Killed in step 4 or so, then while the checkpoint of step 4 is written, then left alone.
     run = World(2, polaris_main, [*argv, "--out", str(broken)], log=tmp_path / "log")
     wait_for_lines(broken / "metrics.jsonl", 3, run)
     run.kill()
@@ -184,15 +188,14 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
     )
 
 
-def group(uid: str, lengths: list[int], anchor: int = 0) -> list[polaris.Row]:
-    """A group of drafts of so many tokens, and an anchor if it has any."""
-    example = polaris.Example(uid, f"Write about {uid}.", 30, "It rained.")
+def group(uid: str, lengths: list[int], anchor: int = 0) -> list[Row]:
+    """A group of rollouts of so many tokens, and an anchor if it has any."""
+    example = data.Example(uid, f"Write about {uid}.", 30, "It rained.")
     drafts = [
-        polaris.Row(example, k, False, [1], [2] * n, True, "", "It rained.")
-        for k, n in enumerate(lengths)
+        Row(example, k, False, [1], [2] * n, True, "", "It rained.") for k, n in enumerate(lengths)
     ]
     return drafts + [
-        polaris.Row(example, len(lengths), True, [1], [2] * anchor, True, "", "It rained.")
+        Row(example, len(lengths), True, [1], [2] * anchor, True, "", "It rained.")
     ] * (anchor > 0)
 
 
@@ -203,50 +206,45 @@ def group(uid: str, lengths: list[int], anchor: int = 0) -> list[polaris.Row]:
         min_size=1,
     )
 )
-def test_waves_take_whole_groups_those_that_ended_first_first_and_half_of_the_tokens_each(groups):
-    drafted = [group(str(i), lengths, 0) for i, (lengths, _) in enumerate(groups)]
+def test_halves_are_whole_groups_those_that_ended_first_first_and_half_of_the_tokens_each(groups):
+    rollouts = [group(str(i), lengths, 0) for i, (lengths, _) in enumerate(groups)]
     anchors = [
         row
         for i, (lengths, anchor) in enumerate(groups)
         for row in group(str(i), lengths, anchor)[len(lengths) :]
     ]
-    rows = [row for drafts in drafted for row in drafts] + anchors  # as `write` returns them
-    parts = polaris.waves(rows)
-    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
-    uids = [{rows[i].example.uid for i in part} for part in parts]
+    rows = [row for group in rollouts for row in group] + anchors  # as `generate_rows` returns them
+    parts = halves(rows)
+    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
+    uids = [{row.example.uid for row in part} for part in parts]
     assert len(parts) == min(2, len(groups)) and sum(map(len, uids)) == len(groups)
     if len(parts) == 2:
-        early, late = (
-            [max(groups[int(uid)][0]) for uid in part] for part in uids
-        )  # when a group has ended
+        # when a group has ended
+        early, late = ([max(groups[int(uid)][0]) for uid in part] for part in uids)
         assert max(early) <= min(late)
-        tokens = [sum(len(rows[i].response_ids) for i in part) for part in parts]
+        tokens = [sum(len(row.response_ids) for row in part) for part in parts]
         largest = max(sum(lengths) + anchor for lengths, anchor in groups)
         assert abs(tokens[0] - tokens[1]) <= largest
 
 
-class Verdicts(dict):
-    """Verdicts to come; nobody may wait for one that will not come before there has been some gradient work."""
+class Pending(Future):
+    """A verdict to come; nobody may wait for one before there has been some gradient work."""
 
-    class Future(Future):
-        def result(self, timeout=None):
-            assert self.done(), (
-                "the step waits for a verdict while it could learn from other groups"
-            )
-            return super().result(timeout)
-
-    def __init__(self, n: int):
-        super().__init__({i: self.Future() for i in range(n)})
+    def result(self, timeout=None):
+        assert self.done(), "the step waits for a verdict while it could train on other groups"
+        return super().result(timeout)
 
 
 @pytest.fixture
 def stubbed_step(monkeypatch):
-    """train_step with everything but its order taken out: stories are there, the verdicts on the longest group are not
-    until gradient work has begun, and `log` tells what happened."""
+    """train_step with everything but its order taken out: stories are there, the verdicts on the
+    longest group are not until gradient work has begun, and `log` tells what happened."""
     polaris.join()
-    mesh, device = polaris.setup(polaris.parse(["--device", "cpu"]))
+    mesh, device = polaris.setup(parse(["--device", "cpu"]))
     rows = group("short", [3, 5, 4]) + group("long", [7, 20, 4]) + group("middle", [9, 2, 8])
-    verdicts, log = Verdicts(9), []
+    verdicts, log = [Pending() for _ in rows], []
+    for row, verdict in zip(rows, verdicts, strict=True):
+        row.pending = verdict
 
     def accumulate(policy, ids, advantages, n_tokens, mesh, micro_tokens):
         log.append(
@@ -258,13 +256,14 @@ def stubbed_step(monkeypatch):
         return torch.zeros(3)
 
     scores, late = {}, []
-    monkeypatch.setattr(polaris, "write", lambda *args: (rows, verdicts))
+    monkeypatch.setattr(polaris, "generate_rows", lambda *args: rows)
     monkeypatch.setattr(polaris, "accumulate", accumulate)
     monkeypatch.setattr(polaris, "apply", lambda *args: log.append("apply") or {})
     monkeypatch.setattr(polaris, "copy_weights", lambda *args: log.append("sync"))
-    cfg = polaris.parse(["--no-anchor", "--prompts", "3", "--group", "3"])
+    cfg = parse(["--no-anchor", "--prompts", "3", "--group", "3"])
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [])
     run = SimpleNamespace(
-        cfg=cfg, mesh=mesh, device=device, tokenizer=None, optimizer=None, copy=None
+        cfg=cfg, mesh=mesh, device=device, tokenizer=tokenizer, optimizer=None, copy=None
     )
     run.judge = SimpleNamespace(url="URL")
     run.policy, run.train = SimpleNamespace(lm=None), [rows[i].example for i in (0, 3, 6)]
@@ -332,17 +331,19 @@ def test_as_many_failures_as_allowed_in_one_wave_do_not_stop_the_step(stubbed_st
     ]
 
 
-def main_whose_judge_goes_in_the_second_wave(argv: list[str]) -> int:
-    """polaris.main; the verdicts that are due after the first gradient work never come, on the rank that waits."""
-    accumulate, hear, begun = polaris.accumulate, polaris.hear, []
+def main_whose_judge_goes_in_the_second_half(argv: list[str]) -> int:
+    """polaris.main; the verdicts that are due after the first gradient work never come, on the rank
+    that waits."""
+    accumulate, collect, begun = polaris.accumulate, polaris.collect_verdicts, []
 
-    def hears(run, rows, wave, verdicts, limit):
-        for i in set(wave) & verdicts.keys() if begun else ():
-            verdicts[i] = Future()
-            verdicts[i].set_exception(ChatStop("the judge is gone"))
-        return hear(run, rows, wave, verdicts, limit)
+    def collects(run, rows, limit):
+        for row in rows if begun else ():
+            if row.pending:
+                row.pending = Future()
+                row.pending.set_exception(ChatStop("the judge is gone"))
+        return collect(run, rows, limit)
 
-    polaris.hear = hears
+    polaris.collect_verdicts = collects
     polaris.accumulate = lambda *args: begun.append(1) or accumulate(*args)
     return polaris.main(argv)
 
@@ -352,7 +353,7 @@ def test_a_judge_that_goes_in_the_middle_of_an_update_leaves_nothing_of_it(tmp_p
     argv = [*TINY, "--steps", "1", "--warm-steps", "0", "--eval-prompts", "1"]
     run = World(
         2,
-        main_whose_judge_goes_in_the_second_wave,
+        main_whose_judge_goes_in_the_second_half,
         [*argv, "--out", str(broken)],
         log=tmp_path / "log",
     )
@@ -388,9 +389,7 @@ def test_a_story_whose_judge_call_failed_is_never_scored_and_trains_nothing(tmp_
     for row in rows:
         if not row["story"].strip():
             continue  # nothing to judge
-        judged = (
-            offline.row_digest(judge.strip_length_sentence(row["prompt"]), row["story"]) in answered
-        )
+        judged = offline.row_digest(strip_length_sentence(row["prompt"]), row["story"]) in answered
         assert (row["reward"] is not None) == judged
         assert (row["verdict"]["score"] is not None) == judged
         if not judged:
@@ -441,7 +440,7 @@ def test_a_judge_that_dies_stops_the_run_in_time_and_is_paid_once_when_it_is_bac
     process.kill()
     assert [m["step"] for m in read(out / "metrics.jsonl")] == [1, 2, 3, 4]
     stories = {
-        offline.row_digest(judge.strip_length_sentence(r["prompt"]), r["story"])
+        offline.row_digest(strip_length_sentence(r["prompt"]), r["story"])
         for r in read(out / "rollouts.jsonl")
     }
     assert sum(max(0, paid().count(digest) - 1) for digest in stories) <= lost
@@ -551,20 +550,20 @@ def test_on_four_ranks_what_is_wrong_is_said_once(tmp_path):
 def test_an_unknown_option_and_a_run_of_another_configuration_are_refused(tmp_path, capsys):
     assert polaris.main(["--learning-rate", "1"]) == 2
     assert "--learning-rate" in capsys.readouterr().err
-    saved = polaris.asdict(polaris.parse(["--lr", "0.002"]))
+    saved = flatten(parse(["--lr", "0.002"]))
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert polaris.main(["--out", str(tmp_path)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert polaris.main(["--out", str(tmp_path), "--resume", "--lr", "0.001"]) == 2
     assert "lr 0.002 there and 0.001 here" in capsys.readouterr().err
-    assert polaris.parse(["--out", str(tmp_path), "--resume", "--save-every", "9"]).lr == 0.002
+    assert parse(["--out", str(tmp_path), "--resume", "--save-every", "9"]).lr == 0.002
 
 
 def test_every_option_is_in_the_help_with_its_default(capsys):
     assert polaris.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for field in polaris.fields(polaris.Config):
-        assert "--" + field.name.replace("_", "-") in text
+    for option in options():
+        assert option.flag in text and option.help and repr(option.default).replace("%", "%%")
 
 
 def main_with_key(argv: list[str]) -> int:

@@ -1,0 +1,84 @@
+"""The ranks of a run: how they meet, which device each has, and how they agree.
+
+One process per GPU, or a few on a CPU, as torchrun starts them. Over several nodes the weights are
+sharded inside a node and replicated across (HSDP).
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from chat import ChatStop
+from config import Config, ConfigError
+
+
+def join() -> int:
+    """Join the other ranks; outside torchrun, stand alone. Returns the rank."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Ranks wait for each other's judge calls, which may take several time-outs.
+    patience = timedelta(hours=6)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
+    return dist.get_rank()
+
+
+def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
+    """Mesh and this rank's device. Over several nodes: shards inside a node, replicas across."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
+    if cfg.device == "cuda" and gpus < local_world:
+        raise ConfigError(
+            f"--device cuda: {local_world} ranks but {gpus} GPUs here; "
+            f"start {gpus} with --nproc_per_node"
+        )
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpus >= local_world)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    shape: tuple[int, ...] = (local_world,)
+    names: tuple[str, ...] = ("shard",)
+    nodes = dist.get_world_size() // local_world
+    if nodes > 1:
+        shape = (nodes, local_world)
+        names = ("replicate", "shard")
+    return init_device_mesh(device.type, shape, mesh_dim_names=names), device
+
+
+T = TypeVar("T")
+
+
+def on_all_ranks(function: Callable[[], T]) -> list[T]:
+    """What `function` returns on each rank, on all of them; ChatStop on all if it is one's.
+
+    A rank gets its own result back as it is, with what cannot travel.
+    """
+    mine: T | None = None
+    stopped = ""
+    try:
+        mine = function()
+    except ChatStop as e:
+        stopped = str(e)
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, (mine, stopped))
+    for _, reason in everything:
+        if reason:
+            raise ChatStop(reason)
+    results = [result for result, _ in everything]
+    results[dist.get_rank()] = mine
+    return results
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
