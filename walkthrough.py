@@ -10,6 +10,7 @@ one thing.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -101,7 +102,9 @@ Rollout 5 shows a judge that fails: its answer is cut in half, also when it is a
 rep: repetition. len: by how much the words miss the 25 that were asked for. Without a verdict there
 is no reward. It is never 0 instead: that would punish a story for the judge's failure.""")
     rewards = [
-        reward(v.score, story, example.target_words, size, 0, True, CONFIG) if v else None
+        reward(v.score, story, example.target_words, size, 0, True, CONFIG)
+        if v and v.score is not None
+        else None
         for v, story, size in zip(verdicts, stories, sizes, strict=True)
     ]
     parts = ("sq", "rep", "len", "blank", "total")
@@ -119,7 +122,7 @@ would be pushed down for not being it (last column). Rollout 5 is outside too, w
     valid = [v is not None for v in verdicts]
     totals = [getattr(r, "total", float("nan")) for r in rewards]
 
-    def advantages(rewards: list, anchor: list, valid: list, **bounds: float) -> list[float]:
+    def advantages(rewards: list, anchor: list, valid: list, **bounds: Any) -> list[float]:
         return group_advantages(rewards, [0] * 6, anchor, weight, valid=valid, **bounds).tolist()
 
     ours = advantages(totals, IS_ANCHOR, valid)
