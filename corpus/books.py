@@ -1,4 +1,4 @@
-"""A book -> its stories: `read_book` is the way in; `data.py build BOOK --show` prints what it finds.
+"""A book -> its stories (`read_book`). `data.py build BOOK --show` prints what is found.
 
     file -> blocks (text.py) -> headings (headings.py) -> stories -> is each one narrative prose?
 
@@ -191,7 +191,8 @@ def cut_half_title(title: str, blocks: list[Block]) -> list[Block]:
             for name, n in heading_keys(block).items():
                 if similarity(name, key(title)) > 0.85:
                     rest = block.lines[n:]
-                    return [Block(block.line, 1, rest)] * bool(rest) + blocks[i + 1 :]
+                    kept = [Block(block.line, 1, rest)] if rest else []
+                    return kept + blocks[i + 1 :]
         words += block.words
         if words > 250:
             break
@@ -310,9 +311,7 @@ class Piece(NamedTuple):
     shingles: set[int]  # of a story to keep
 
 
-def read_book(
-    path: str, min_words: int, max_words: int
-) -> tuple[str, dict[str, str], list[Piece]]:
+def read_book(path: str, min_words: int, max_words: int) -> tuple[str, dict[str, str], list[Piece]]:
     """A file -> (problem, header, pieces); stories have min_words to max_words when rounded.
 
     What is wrong with a file is returned, not raised: this runs in a pool of processes, and one bad

@@ -61,7 +61,7 @@ AFTER = dict.fromkeys(HEADINGS + PARAGRAPHS, "\n\n") | ITALICS
 
 
 class _Page(HTMLParser):
-    """A page of an EPUB as Gutenberg would have typed it: headings apart, italics in underscores."""
+    """A page of an EPUB as Gutenberg would have typed it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,9 +112,7 @@ NUMERAL = r"(?:(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})|\d+)"
 _ORDINALS = "first second third fourth fifth sixth seventh last"
 _NUMBERS = "one two three four five six seven eight nine ten"
 ORDINAL = f"(?:{'|'.join([*_NUMBERS.split(), *_ORDINALS.split()])})"
-DIVISION = (
-    "(?:chap(?:ter)?|part|book|vol(?:ume)?|section|canto|letter|scene|act|story|episode)"
-)
+DIVISION = "(?:chap(?:ter)?|part|book|vol(?:ume)?|section|canto|letter|scene|act|story|episode)"
 NUMBERING = re.compile(  # "IV. ", "3 -- ", "ADVENTURE I. ", "No. 1--", "II     "
     r"^(?:(?:adventure|chap(?:ter)?|story|tale|no|number)\b\.?\s*)?"
     rf"(?:{NUMERAL}(?:[.):]+\s*|\s*(?:--+|[\u2013\u2014])\s*|\s{{2,}})|(?-i:[IVX]{{2,}}) )(?=\S)",
@@ -147,11 +145,10 @@ def is_caps(text: str) -> bool:
 
 # ---------------------------------------------------------------------------------- text -> blocks
 
-START = re.compile(
-    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END\W*THE SMALL PRINT", re.I
-)
+START = re.compile(r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END\W*THE SMALL PRINT", re.I)
 END = re.compile(
-    r"^\W*(?:END OF (?:THE |THIS )?PROJECT GUTENBERG|START: FULL LICENSE|THIS FILE SHOULD BE NAMED)",
+    r"^\W*(?:END OF (?:THE |THIS )?PROJECT GUTENBERG|START: FULL LICENSE"
+    r"|THIS FILE SHOULD BE NAMED)",
     re.I,
 )
 BRACKETED = re.compile(  # [Illustration: ...], [Footnote 1: ... [a] ...], [Pg 9], [* ...]
