@@ -8,9 +8,8 @@ as the model's own chat template would write it, so that the policy could have s
 length target is the N of the prompt's "N words long", else target_words, in runs of non-space. The
 paper's 1,388 pairs cannot be shared; `build` makes such pairs from any anthology, by our method.
 
-    python data.py gutenberg --out books/                  85 public-domain anthologies
-    python data.py build books/*.txt --out train.jsonl --test test.jsonl [--show]
-    python data.py build books/*.txt --prompts llm --llm-url URL --llm-model NAME [--dry-run]
+    python data.py gutenberg --out books/                 85 public-domain anthologies
+    python data.py build books/*.txt --out train.jsonl    (--help: prompts by an LLM, a test set)
     python data.py check train.jsonl [--tokenizer DIR --thinking]
 """
 
@@ -48,6 +47,10 @@ class Example:
 
 
 TEXTS = ("uid", "prompt", "story", "reasoning", "source")
+HINTS = {  # what to do where a field is missing
+    "story": "add it, or train without anchors (--no-anchor)",
+    "reasoning": "thinking is on: add one (`data.py build --prompts llm`) or turn it off",
+}
 # Control tokens of a chat template: in the data they would end the turn or open a second block.
 MARKUP = re.compile(r"</?think>|<\|[\w ]+\|>")
 
@@ -62,21 +65,16 @@ def parse_example(line: str, anchors: bool, thinking: bool) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, this is a {type(row).__name__}")
 
-    required = {"uid": "add it", "prompt": "add it"}  # field -> what to do if it is missing
+    required = ["uid", "prompt"]
     if anchors:
-        required["story"] = "add it, or train without anchors (--no-anchor)"
-    if anchors and thinking:
-        required["reasoning"] = (
-            "thinking is on: add a trace (`data.py build --prompts llm` writes them) or turn it off"
-        )
-    for field, hint in required.items():
+        required += ["story", "reasoning"] if thinking else ["story"]
+    for field in required:
         if field not in row:
-            raise ValueError(f'field "{field}" is missing; {hint}')
+            raise ValueError(f'field "{field}" is missing; {HINTS.get(field, "add it")}')
     texts = {name: row[name] for name in TEXTS if name in row}
     for field, text in texts.items():
         if not isinstance(text, str):
-            shown = json.dumps(text)[:40]
-            raise ValueError(f'"{field}" must be text, this is {shown}; put it in quotes')
+            raise ValueError(f'"{field}" must be text, this is {text!r:.40}; put it in quotes')
         markup = MARKUP.search(text)
         if markup and field not in ("uid", "source"):
             what = f"contains {markup[0]}, which the chat template writes itself; remove it"
@@ -91,8 +89,7 @@ def parse_example(line: str, anchors: bool, thinking: bool) -> Example:
         how = 'end it with "The story should be 1500 words long." or add "target_words": 1500'
         raise ValueError(f"the prompt asks for no length and there is no target_words; {how}")
     if type(target) is not int or target < 1:
-        shown = json.dumps(target)[:40]
-        raise ValueError(f'"target_words" must be a whole number above 0, this is {shown}')
+        raise ValueError(f'"target_words" must be a whole number above 0, this is {target!r:.40}')
     if asked not in (None, target):
         what = f'the prompt asks for {asked} words but "target_words" is {target}'
         raise ValueError(f"{what}; make them agree")
@@ -214,8 +211,8 @@ def split_response(text: str, thinking: bool) -> tuple[str, str]:
 
 
 def histogram(lengths: list[int]) -> str:
-    """Lengths in bins of 500, a line of # each."""
-    counts = Counter(length // 500 * 500 for length in lengths)
+    """A line for each 500 words, at most 40 # long."""
+    counts = Counter(words // 500 * 500 for words in lengths)
     top = max(counts.values(), default=1)
     lines = []
     for low, n in sorted(counts.items()):
@@ -267,7 +264,7 @@ def hand_over(argv: list[str]) -> int:
     here = Path(__file__).parent
     if not (here / "corpus").is_dir():
         raise DataError(f"`data.py {argv[0]}` needs the folder corpus/ beside data.py; copy it too")
-    # Like `python -m corpus.build`, but modules of the current folder stay out of the way.
+    # `python -m corpus.build` would first look for our modules in the current folder.
     start = f"import sys; sys.path[0] = {str(here)!r}; from corpus.build import main; main()"
     return subprocess.call([sys.executable, "-c", start, *argv])
 

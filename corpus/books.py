@@ -2,11 +2,11 @@
 
     file -> blocks (text.py) -> headings (headings.py) -> stories -> is each one narrative prose?
 
-A story runs from its heading to the next. It loses what is not its prose (`cut_story`): at its head
-the byline, source, epigraph, dedication, biographical note and first section number; at its end the
-next title page, a poem with a heading of its own and printer's lines; and, paragraph by paragraph,
-notes, page numbers and illustration marks. What is no English narrative prose is named: verse,
-play, list, essay (`kind_of`). Rules decide, so a few slip through. The method is ours.
+A story runs from its heading to the next. It loses what is not its prose: at its head the byline,
+source, epigraph, dedication, biographical note and first section number; at its end the next title
+page, a poem with a heading of its own and printer's lines (`cut_story`); and notes in and between
+paragraphs (`paragraph`). What is no English narrative prose is named: verse, play, list, essay
+(`kind_of`). Rules decide, so a few slip through. The method is ours.
 """
 
 import itertools
@@ -41,6 +41,7 @@ ATTRIBUTION = re.compile(  # "--_Young._", not "so said Suleiman--Solomon."
     r"(?:(?:^|(?<=[\W_]))(?:--|[\u2014\u2013])\s*_?[A-Z][\w.,'\u2019\" ]{1,60}"
     r"|[ _](?:Proverb|Saying|Song|Ballad|Psalm|Anon))\W*$"
 )
+CREDIT = re.compile(r"(?:--|[\u2014\u2013])\s*_?[A-Z]")
 SCENE_BREAK = re.compile(r"^[\s*.·•+=~#_\-\u2013\u2014\u2015]*$")
 NOTE = re.compile(r"^\s*(?:[\[({](?:\*+|\*?(?:\d{1,3}|[A-Z]))[\])}]|\*+\s?[A-Za-z\"\u201c_])")
 LIFESPAN = re.compile(  # "(1832-1910)": about an author
@@ -83,10 +84,8 @@ def page_of(blocks: list[Block]) -> Page:
     indents = Counter(indent(lines[0]) for lines in prose)
     margin = max(indents, key=indents.__getitem__, default=0)
     full = [line for lines in prose for line in lines[:-1]]
-    if not full:
-        return Page(72, margin)
     capitals = sum(line.strip(" _\"'")[:1].isupper() for line in full)
-    if capitals > 0.8 * len(full):
+    if capitals >= 0.8 * len(full):
         return Page(1000, margin)  # all verse: its lines set no width
     return Page(sorted(map(len, full))[int(0.9 * len(full))], margin)
 
@@ -104,15 +103,16 @@ def is_verse(block: Block, page: Page) -> bool:
 
 def is_outside(block: Block) -> bool:
     """Is this, at either end of a story, no text: a break, a section number, a note, a life?"""
-    patterns = (SCENE_BREAK, SECTION, NOTE)
-    return any(p.match(block.text) for p in patterns) or bool(LIFESPAN.search(block.text))
+    text = block.text
+    marked = SCENE_BREAK.match(text) or SECTION.match(text) or NOTE.match(text)
+    return bool(marked or LIFESPAN.search(text))
 
 
 def is_front(block: Block, following: list[Block], page: Page) -> bool:
     """Is this block, before a story's prose, something else: byline, epigraph, dedication ...?"""
     text, words = block.text, block.words
     below = following[0].text if following and following[0].words < 10 else ""
-    credited = re.match(r"(?:--|[\u2014\u2013])\s*_?[A-Z]", below) and SENTENCE_END.search(below)
+    credited = CREDIT.match(below) and SENTENCE_END.search(below)
     return bool(
         is_outside(block)
         or is_verse(block, page)

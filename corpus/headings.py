@@ -4,13 +4,11 @@ A contents list (the title list at the front of a book) is a stretch of short li
 later, in the same order, as headings. No other property of the list is used, so it need not be
 labelled, numbered, or spelt in any one way:
 
-1. Every line that comes back as a heading is tried as the first entry; the list ends before that
-   heading. The longest chain of entries whose headings rise with them is the list (`find_list`).
-   An entry that is spelt otherwise takes the most similar heading between its neighbours'
-   (`fill_list`). Each volume of a set may have its own list (`find_listed`), and a list may have
-   left out a story (`find_forgotten`).
-2. Where nothing recurs, headings are the short blocks that share one style (capitals or not,
-   numbered or not) and the widest gaps (`find_styled`).
+1. The longest chain of lines whose headings rise with them is the list (`find_list`). An entry
+   spelt otherwise takes the most similar heading between its neighbours' (`fill_list`). A volume
+   may have a list of its own (`find_listed`), a list may leave out a story (`find_forgotten`).
+2. Where nothing recurs, headings are short blocks that share a style and the widest gaps
+   (`find_styled`).
 3. Sections (I, II, named parts) stay inside their story, because no list names them, and so do
    chapters that a list names: a book that has nothing else is a single work (`find_chapters`).
 """
@@ -52,11 +50,9 @@ LAST_LINE = re.compile(
     r"|printed (?:in|by|at)(?![^\W_]).{0,80}$)",
     re.I,
 )
-# What an entry may have after its title: "_Author_", "By Author", "(1839)", a page, "; or, ..."
-CUT = re.compile(r"\s_|[\s.,:]+\(?[Bb][Yy]\b|\s*[\[(]|\s+\d+$|\s{2,}\S|[;:,] [Oo][Rr]\b")
-CUT_AT_COMMA = re.compile(CUT.pattern + "|,")
+# What may follow a title: "_Author_", "By Author", "(1839)", a page, "; or, ...", ", a tale"
+CUT = re.compile(r"\s_|[\s.:]+\(?[Bb][Yy]\b|\s*[\[(]|\s+\d+$|\s{2,}\S|[;:] [Oo][Rr]\b|,")
 LEADER = re.compile(r"(?:\s*\.){3,}.*$|\s{2,}(?:\d+|[ivxlc]+)\.?$")  # "Title . . . . 12"
-CONCERNING = re.compile(r"([^a-z]{3,}?),.*[a-z]")  # "TITLE, concerning Somebody"
 
 
 def clean_title(text: str) -> str:
@@ -96,15 +92,13 @@ def heading_keys(block: Block) -> dict[str, int]:
     return keys
 
 
-def entry_keys(lines: list[str], cut: re.Pattern[str] = CUT) -> set[str]:
+def entry_keys(lines: list[str]) -> set[str]:
     """Titles that a line of a list, with the lines over which it may be wrapped, may stand for."""
     forms = set()
     bare_lines = [LEADER.sub("", line.strip()) for line in lines]
     for text in itertools.accumulate(bare_lines, "{} {}".format):
         bare = NUMBERING.sub("", text)
-        forms |= {text, bare, *(bare[: match.start()] for match in cut.finditer(bare))}
-        if about := CONCERNING.match(bare):
-            forms.add(about[1])
+        forms |= {text, bare, *(bare[: match.start()] for match in CUT.finditer(bare))}
     return set(map(key, forms)) - {""}
 
 
@@ -125,14 +119,6 @@ def similarity(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
-def same_entry(entry: str, heading: str) -> float:
-    """How surely two keys name one story, from 0 to 1; either may add a subtitle."""
-    subtitled = f"{entry} ".startswith(f"{heading} ") or heading.startswith(f"{entry} ")
-    if subtitled and min(len(entry), len(heading)) > 3:
-        return 0.9
-    return similarity(entry, heading)
-
-
 # -------------------------------------------------------------------------------- a list's headings
 
 
@@ -142,9 +128,9 @@ def find_listed(blocks: list[Block]) -> Pairs:
     chain = find_list(lines, blocks)
     if not chain:
         return []
-    (first_entry, _), (_, last_heading) = chain[0], chain[-1]
-    rest = last_heading + 1
-    before = find_listed(blocks[: lines[first_entry][0]])
+    start = lines[chain[0][0]][0]
+    rest = chain[-1][1] + 1
+    before = find_listed(blocks[:start])
     pairs = fill_list(chain, lines, blocks)
     after = [(entry, rest + h) for entry, h in find_listed(blocks[rest:])]
     enough = usual_words(pairs, blocks) / 4  # sections of a publisher's catalogue are shorter
@@ -240,31 +226,31 @@ def fill_list(chain: Chain, lines: list[tuple[int, str]], blocks: list[Block]) -
     first, last = chain[0][0], chain[-1][0]
     gap = sorted(blocks[h].gap for h in heads)[len(heads) // 10]
     upper = mostly_caps(heads, blocks)
-    styled = {
-        h: heading_keys(block)
+    styled = [
+        h
         for h, block in enumerate(blocks)
         if block.gap >= gap and len(block.lines) <= 4 and block.caps == upper
-    }
+    ]
     exact = dict(chain)
     above = lines[last][0]  # the heading before; at first the end of the list
     pairs: Pairs = []
     for n in range(max(0, first - 3), min(last + 40, len(lines))):
         b, line = lines[n]
-        found = exact.get(n)
-        if found is None and b < heads[0] and may_be_entry(line):
+        if n not in exact and b < heads[0] and may_be_entry(line):
             below = min((h for m, h in chain if m > n), default=len(blocks))
-            names = entry_keys([line], CUT_AT_COMMA)
-            scores = {
-                h: max((same_entry(name, title) for name in names for title in keys), default=0.0)
-                for h, keys in styled.items()
+            scores = [
+                (similarity(name, title), -h)
+                for h in styled
                 if above < h < below
-            }
-            likest = max(scores, key=scores.__getitem__, default=None)
-            if likest is not None and scores[likest] > 0.75:
-                found = likest
-        if found is not None:
-            above = found
-            pairs.append((line, found))
+                for name in entry_keys([line])
+                for title in heading_keys(blocks[h])
+            ]
+            score, likest = max(scores, default=(0, 0))
+            if score > 0.75:
+                exact[n] = -likest
+        if n in exact:
+            above = exact[n]
+            pairs.append((line, above))
     return pairs
 
 

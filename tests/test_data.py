@@ -1,4 +1,4 @@
-"""data.py and corpus/: examples, chat templates, splitting, filters, prompts by an LLM, downloads."""
+"""data.py and corpus/: examples, chat templates, splitting, filters, an LLM, downloads."""
 
 import collections
 import contextlib
@@ -39,7 +39,7 @@ def stops(capsys, message, status=2):
     assert stop.value.code == status and re.search(message, printed), printed
 
 
-# ------------------------------------------------------------------------------------------------------------ examples
+# ----------------------------------------------------------------------------------------- examples
 
 
 def row(**changes):
@@ -154,29 +154,20 @@ def test_no_epoch_sees_an_example_twice_and_each_sees_all_but_the_last_few(
 
 def test_order_of_examples_is_fixed_for_good_and_fresh_each_epoch():
     items = make(8)
-    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == [
-        "e5",
-        "e7",
-        "e6",
-        "e2",
-        "e1",
-        "e4",
-        "e3",
-        "e0",
-    ]
-    orders = {
-        tuple(e.uid for e in data.step_examples(items, seed, step, 8))
-        for seed in (1, 2)
-        for step in (1, 2, 3)
-    }
-    assert len(orders) == 6
+
+    def order(seed, step):
+        return " ".join(e.uid for e in data.step_examples(items, seed, step, 8))
+
+    assert order(3479, 1) == "e5 e7 e6 e2 e1 e4 e3 e0"
+    assert len({order(seed, step) for seed in (1, 2) for step in (1, 2, 3)}) == 6
 
 
-# ------------------------------------------------------------------------------------------------------- chat template
+# ------------------------------------------------------------------------------------ chat template
 
 TURNS = """{%- for m in messages %}
 {%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}
-{%- if m.reasoning_content is defined %}{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
+{%- if m.reasoning_content is defined %}
+{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
 {%- elif EMPTY %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{- m.content + '<|im_end|>\\n' }}
 {%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}
 {%- endfor %}
@@ -285,7 +276,7 @@ def test_split_response():
     assert data.split_response(" Once </think>. ", False) == ("", "Once </think>.")
 
 
-# ----------------------------------------------------------------------------------------------------------- splitting
+# ---------------------------------------------------------------------------------------- splitting
 
 
 def found(text):
@@ -327,7 +318,8 @@ NOT_PROSE = {
     "dedication": around("TO MARGARET\n\n"),
     "dedication in small letters": around("To Georges Legrand.\n\n"),
     "life of the author": around(
-        "Ann Author (1832-1910) was born at Dover and wrote for the papers. Her tales fill\nnine volumes.\n\n"
+        "Ann Author (1832-1910) was born at Dover and wrote for the papers. Her tales fill\n"
+        "nine volumes.\n\n"
         "This one is from the second, and the best of them.\n\n\n\n"
     ),
     "note with a star": around(tail="\n\n     [*] An old word."),
@@ -340,7 +332,8 @@ NOT_PROSE = {
         tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."
     ),
     "next volume": around(
-        tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n      Translated by\n      A. B. Clark and Others"
+        tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n"
+        "      Translated by\n      A. B. Clark and Others"
     ),
     "printer": around(
         tail="\n\n          _Printed by_\n     MORRISON & GIBB LIMITED\n          _Edinburgh_"
@@ -526,7 +519,7 @@ def test_no_gutenberg_text_survives_any_marker_spelling():
         assert found(new) == truth_of(truth)
 
 
-# --------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 def run_build(tmp_path, *arguments, name="train.jsonl"):
@@ -627,8 +620,7 @@ def test_kinds_that_are_no_stories(tmp_path):
     )
     assert (
         kind(
-            "The weight of the ant is to that of the stone as one is to two; such is the law of it. "
-            * 30
+            "The weight of the ant is to that of the stone as one is to two; such is its law. " * 30
         )
         == "essay or sketch"
     )
@@ -730,9 +722,10 @@ def test_epub(tmp_path):
         spine = "".join(f'<itemref idref="{i}"/>' for i in ids)
         book.writestr(
             "O/p.opf",
-            '<package xmlns="http://www.idpf.org/2007/opf"><metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
-            "<dc:title>Night &amp; Day</dc:title><dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language>"
-            "</metadata>"
+            '<package xmlns="http://www.idpf.org/2007/opf">'
+            '<metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
+            "<dc:title>Night &amp; Day</dc:title>"
+            "<dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language></metadata>"
             f"<manifest>{items}</manifest><spine>{spine}</spine></package>",
         )
         book.writestr("O/c x.xhtml", contents)
@@ -770,11 +763,11 @@ def test_prompts_only(tmp_path, capsys):
             build.main(command)
 
 
-# ------------------------------------------------------------------------------------------------------- local servers
+# ------------------------------------------------------------------------------------ local servers
 
 
 def serve(handler):
-    """A server on 127.0.0.1 whose do_POST/do_GET is handler(path, body) -> (status, headers, body)."""
+    """A server on 127.0.0.1; handler(path, body) -> (status, headers, body) answers requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -797,16 +790,14 @@ def serve(handler):
 
 
 class FakeLLM:
-    """Answers assignments and plans; `faults` failures first; each kind of bad answer once per story."""
+    """Writes assignments and plans, after `faults` failures; each bad answer once per story."""
 
     def __init__(self, faults=0, bad=(), stop_after=10**9):
-        self.faults, self.bad, self.stop_after, self.paid, self.lock = (
-            faults,
-            bad,
-            stop_after,
-            [],
-            threading.Lock(),
-        )
+        self.faults = faults
+        self.bad = bad
+        self.stop_after = stop_after
+        self.paid = []
+        self.lock = threading.Lock()
 
     def __call__(self, path, body):
         messages = json.loads(body)["messages"]
@@ -826,8 +817,8 @@ class FakeLLM:
                 for i in range(12)
             )
         else:
-            answer = "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must "
-            answer += "decide whom they trust."
+            answer = "Write a quiet tale, in the third person, of two people who meet by chance in "
+            answer += "bad weather and must decide whom they trust."
         usage = {"prompt_tokens": 1000, "completion_tokens": 100}
         reply = {
             "choices": [
@@ -841,19 +832,9 @@ class FakeLLM:
 def llm_build(tmp_path, books, llm, *arguments, name="train.jsonl"):
     server, url = serve(llm)
     try:
-        llm_arguments = [
-            "--prompts",
-            "llm",
-            "--llm-url",
-            f"{url}/v1",
-            "--llm-model",
-            "m",
-            "--llm-price-in",
-            "1",
-            "--llm-concurrency",
-            "3",
-        ]
-        run_build(tmp_path, *books, *llm_arguments, *arguments, name=name)
+        llm_arguments = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m"]
+        llm_arguments += ["--llm-price-in", "1", "--llm-concurrency", "3", *arguments]
+        run_build(tmp_path, *books, *llm_arguments, name=name)
     finally:
         server.shutdown()
         server.server_close()
@@ -904,16 +885,8 @@ def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
         return 503, {}, b""
 
     server, url = serve(stalls)
-    llm = [
-        "--prompts",
-        "llm",
-        "--llm-url",
-        f"{url}/v1",
-        "--llm-model",
-        "m",
-        "--llm-concurrency",
-        "3",
-    ]
+    llm = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m"]
+    llm += ["--llm-concurrency", "3"]
     words = ["--min-words", "300", "--max-words", "600", "--out", str(tmp_path / "train.jsonl")]
     process = subprocess.Popen(
         [sys.executable, data.__file__, "build", str(books[0]), *words, *llm]
@@ -1032,8 +1005,10 @@ def test_data_without_corpus_says_what_it_needs(tmp_path):
 
 
 def test_what_is_wrong_with_a_prompt():
-    story = "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
-    good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell of it."
+    story = "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of "
+    story += "the very old grey horse behind the mill."
+    good = "Write about a woman who finds an animal that nobody else can see, "
+    good += "and must choose whether to tell of it."
     assert fault_of_prompt(good, story) == ""
     assert "names" in fault_of_prompt(good + " Call her Ann.", story)
     assert "copies" in fault_of_prompt(
@@ -1063,15 +1038,8 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
         return 200, {}, f"The Project Gutenberg eBook\r\nof {book}\r\n".encode()
 
     server, url = serve(handler)
-    command = [
-        "gutenberg",
-        "--out",
-        str(tmp_path / "books"),
-        "--mirror",
-        url + "/",
-        "--pause",
-        "0.01",
-    ]
+    folder = str(tmp_path / "books")
+    command = ["gutenberg", "--out", folder, "--mirror", f"{url}/", "--pause", "0.01"]
     build.main([*command, "1", "2"])
     assert (tmp_path / "books/2.txt").read_text() == "The Project Gutenberg eBook\nof 2\n"
     assert asked == {"/cache/epub/1/pg1.txt": 1, "/cache/epub/2/pg2.txt": 2}
