@@ -99,7 +99,7 @@ def parse_example(line: str, anchors: bool, thinking: bool) -> Example:
 def read_examples(
     path: str | Path, anchors: bool, thinking: bool
 ) -> tuple[list[Example], list[str]]:
-    """All good examples of a JSONL file, and "file:line: what; what to do" for each bad line."""
+    """The good examples of a JSONL file, and "file:line: what; what to do" of each bad line."""
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
@@ -128,7 +128,7 @@ def read_examples(
 
 
 def load(path: str | Path, *, anchors: bool = True, thinking: bool = False) -> list[Example]:
-    """Examples of a JSONL file; with anchors stories are required, with thinking too reasoning.
+    """Examples of a JSONL file; anchors need stories, and with thinking reasoning too.
 
     DataError for the first bad line says how many more there are.
     """
@@ -149,8 +149,7 @@ def step_examples(examples: list[Example], seed: int, step: int, n: int) -> list
     """
     epoch, place = divmod(step - 1, len(examples) // n)
 
-    # Sorting by hash: unlike random.shuffle the same on every platform, in every version.
-    def rank(example: Example) -> bytes:
+    def rank(example: Example) -> bytes:  # unlike random.shuffle the same in every version
         return hashlib.sha256(f"{seed}/{epoch}/{example.uid}".encode()).digest()
 
     return sorted(examples, key=rank)[place * n : (place + 1) * n]
@@ -178,9 +177,9 @@ def encode_anchor(
     """Response tokens of the human story, EOS included; None when longer than max_response.
 
     Some templates open the block in the generation prompt (Qwen3.5), others leave it to the model
-    (Qwen3). What the rendered prompt ends with decides, so that there is exactly one <think>.
-    Prompt and response are tokenised apart, as they are when the policy writes: no token may
-    straddle the border. DataError without reasoning to think, or where thinking cannot be off.
+    (Qwen3): what the prompt ends with decides, so that there is exactly one <think>. Prompt and
+    response are tokenised apart, as when the policy writes: no token may straddle the border.
+    DataError without reasoning to think, or where thinking cannot be off.
     """
     opened = render_prompt(tokenizer, example.prompt, thinking).rstrip().endswith("<think>")
     response = example.story.strip()

@@ -39,11 +39,9 @@ BUCKETS = [  # words of test prompts
 
 
 class Book(NamedTuple):
-    """A book that was used."""
-
     path: Path
     fields: dict[str, str]  # title, author ...
-    counts: Counter[str]  # pieces, kept, and the rest by the reason why they were dropped
+    counts: Counter[str]  # pieces; kept; the others by the reason why they were dropped
 
 
 # ------------------------------------------------------------------------------- books -> examples
@@ -53,42 +51,41 @@ def collect(
     paths: list[str], min_words: int, max_words: int, show: bool
 ) -> tuple[list[Example], list[Book], list[str]]:
     """Books -> examples with a prompt from the title, the books, and why others were left out."""
-    examples: list[Example] = []
-    books: list[Book] = []
+    examples = []
+    books = []
     problems = []
     owner: dict[int, str] = {}  # hash of a phrase -> uid of a story that has it
     uids: Counter[str] = Counter()
     read = partial(read_book, min_words=min_words, max_words=max_words)
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(read, paths), total=len(paths), desc="books", unit="book")
-        for path, (problem, fields, pieces) in zip(map(Path, paths), results, strict=True):
-            if problem:
-                problems.append(problem)
+        results = list(tqdm(pool.map(read, paths), total=len(paths), desc="books", unit="book"))
+    for path, (problem, fields, pieces) in zip(map(Path, paths), results, strict=True):
+        if problem:
+            problems.append(problem)
+            continue
+        lines = [f"{path}: {fields.get('title', '?')} by {fields.get('author', '?')}"]
+        counts = Counter(pieces=len(pieces))
+        for story, why, grams in pieces:
+            twin = twin_of(grams, owner)
+            note = f"  [same tale as {twin}]" if twin else f"  [{why}]" if why else ""
+            lines.append(f"{story.line:7d} {story.words:6d}  {story.title[:60]}{note}")
+            counts["near-duplicate" if twin else why or "kept"] += 1
+            if note:
                 continue
-            lines = [f"{path}: {fields.get('title', '?')} by {fields.get('author', '?')}"]
-            counts = Counter(pieces=len(pieces))
-            for story, why, grams in pieces:
-                twin = twin_of(grams, owner)
-                note = f"  [same tale as {twin}]" if twin else f"  [{why}]" if why else ""
-                lines.append(f"{story.line:7d} {story.words:6d}  {story.title[:60]}{note}")
-                counts["near-duplicate" if twin else why or "kept"] += 1
-                if note:
-                    continue
-                name = key(story.title).replace(" ", "-")[:60].strip("-")
-                uid = f"{path.stem}-{name}"
-                uids[uid] += 1
-                if uids[uid] > 1:
-                    uid += f"-{uids[uid]}"
-                owner |= dict.fromkeys(grams, uid)
-                target = round_words(story.words)
-                title = title_case(story.title)
-                prompt = f'Write a short story with the title "{title}". {length_sentence(target)}'
-                book = fields.get("title", path.name)
-                place = f"{book} | {story.author} | {path.name}:{story.line} | template prompt"
-                examples.append(Example(uid, prompt, target, story.text, source=place))
-            books.append(Book(path, fields, counts))
-            if show:
-                tqdm.write("\n".join(lines))
+            uid = f"{path.stem}-{key(story.title).replace(' ', '-')[:60].strip('-')}"
+            uids[uid] += 1
+            if uids[uid] > 1:
+                uid += f"-{uids[uid]}"
+            owner |= dict.fromkeys(grams, uid)
+            target = round_words(story.words)
+            title = f'"{title_case(story.title)}"'
+            prompt = f"Write a short story with the title {title}. {length_sentence(target)}"
+            place = f"{fields.get('title', path.name)} | {story.author} | {path.name}:{story.line}"
+            source = f"{place} | template prompt"
+            examples.append(Example(uid, prompt, target, story.text, source=source))
+        books.append(Book(path, fields, counts))
+        if show:
+            print("\n".join(lines))
     return examples, books, problems
 
 
@@ -129,11 +126,7 @@ def split_authors(examples: list[Example], share: float) -> tuple[list[Example],
 
 
 def load_prompts(path: Path) -> list[Example]:
-    """Prompts without stories from JSON or JSONL; DataError where there is none, or no length.
-
-    Rows are objects whose "prompt" is text or a list of chat messages, as in the datasets that verl
-    reads.
-    """
+    """Prompts without stories from JSON or JSONL, one in each object: text or chat messages."""
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
@@ -170,10 +163,10 @@ def write_examples(path: str, examples: list[Example]) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """One run of `data.py build`. DataError or ChatStop, and nothing written, where it fails."""
+    """`data.py build`. DataError or ChatStop, and no example written, where it fails."""
     if args.min_words > args.max_words:
-        what = f"--min-words {args.min_words} is above --max-words {args.max_words}; swap them"
-        raise DataError(what)
+        limits = f"--min-words {args.min_words} is above --max-words {args.max_words}"
+        raise DataError(f"{limits}; swap them")
     if args.prompts_only:
         examples = [example for path in args.books for example in load_prompts(Path(path))]
         write_examples(args.out, examples)
@@ -239,14 +232,6 @@ def build(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def fetch(args: argparse.Namespace) -> None:
-    """One run of `data.py gutenberg`."""
-    if args.list:
-        print("\n".join(f"{book:>6}  {title}" for book, title in gutenberg.catalog().items()))
-    else:
-        gutenberg.download(args.ids, Path(args.out), args.mirror, args.pause)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Exit status: 0 done; 2 settings or input; 3 the LLM failed."""
     argv = sys.argv[1:] if argv is None else argv
@@ -268,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     add_options(c, "llm", ChatOptions(key_env="LLM_API_KEY", concurrency=8))
 
     c = commands.add_parser("gutenberg", help="download anthologies from Project Gutenberg")
-    c.set_defaults(run=fetch)
+    c.set_defaults(run=gutenberg.download)
     add = c.add_argument
     add("ids", nargs="*", help="book numbers; none: the bundled list of anthologies")
     add("--out", default="books", help="folder to fill [%(default)s]")
@@ -277,8 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--list", action="store_true", help="print the bundled list")
 
     for option in argv:
-        if new := RENAMED.get(option.partition("=")[0]):
-            parser.error(f"{option.partition('=')[0]} is now {new}")
+        old = option.partition("=")[0]
+        if old in RENAMED:
+            parser.error(f"{old} is now {RENAMED[old]}")
     args = parser.parse_args(argv)
     if args.command == "build" and args.prompts == "llm" and not (args.llm_url and args.llm_model):
         parser.error("--prompts llm needs --llm-url and --llm-model")

@@ -1,5 +1,6 @@
 """Books from Project Gutenberg, one request at a time; none is fetched twice."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -17,22 +18,26 @@ def catalog() -> dict[str, str]:
     return {number: f"{title}, {author}" for number, title, author in rows}
 
 
-def download(ids: list[str], out: Path, mirror: str, pause: float) -> None:
-    """Fetch these books (none: the bundled list) into a folder. DataError names what failed."""
+def download(args: argparse.Namespace) -> None:
+    """`data.py gutenberg`: fetch books into a folder. DataError names what failed."""
     titles = catalog()
+    if args.list:
+        print("\n".join(f"{book:>6}  {title}" for book, title in titles.items()))
+        return
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     session = requests.Session()
     session.headers["User-Agent"] = "polaris-data/1.0 (one request at a time)"
     failed = []
-    bar = tqdm(ids or list(titles), desc="books", unit="book")
+    bar = tqdm(args.ids or list(titles), desc="books", unit="book")
     for book in bar:
         path = out / f"{book}.txt"
         if path.exists():
             continue
         bar.set_postfix_str(titles.get(book, book)[:40])
-        url = f"{mirror.rstrip('/')}/cache/epub/{book}/pg{book}.txt"
+        url = f"{args.mirror.rstrip('/')}/cache/epub/{book}/pg{book}.txt"
         try:
-            rundir.write(path, fetch(session, url, pause))
+            rundir.write(path, fetch(session, url, args.pause))
         except DataError as error:
             failed.append(f"{book}: {error}")
     if failed:

@@ -146,7 +146,7 @@ def find_list(lines: list[tuple[int, str]], blocks: list[Block]) -> Chain:
     """
     recurring = find_recurring(lines, blocks)
     best: Chain = []
-    most = 2.0
+    most = 2.0  # entries, less 2% for each line between them that is none
     for start, (end, *_) in recurring.items():
         options = []
         previous = start
@@ -157,8 +157,8 @@ def find_list(lines: list[tuple[int, str]], blocks: list[Block]) -> Chain:
         if len(options) <= most:
             continue
         chain = rising_chain(options)
-        between = chain[-1][0] - chain[0][0] - len(chain)  # lines that are no entries
-        worth = len(chain) - 0.02 * between
+        others = chain[-1][0] - chain[0][0] - len(chain)
+        worth = len(chain) - 0.02 * others
         if worth > most:
             best, most = chain, worth
     heads = [h for _, h in best]
@@ -217,10 +217,8 @@ def rising_chain(options: list[tuple[int, list[int]]]) -> Chain:
 
 
 def fill_list(chain: Chain, lines: list[tuple[int, str]], blocks: list[Block]) -> Pairs:
-    """The entries of a list, those included whose spelling differs from their heading's.
-
-    Such an entry names the block, between the headings of its neighbours and in the style of the
-    others, that is most like it.
+    """The entries of a list, those included whose spelling differs from their heading's: the block
+    between its neighbours' headings, in the style of all, that is most like it.
     """
     heads = [h for _, h in chain]
     first, last = chain[0][0], chain[-1][0]

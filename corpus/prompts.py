@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -78,6 +79,10 @@ def fault_of_trace(text: str, story: str) -> str:
 # ----------------------------------------------------------------------------------------- the LLM
 
 
+class Unfit(ValueError):
+    """An example for which the LLM gives no usable prompt or trace."""
+
+
 class Writer:
     """An LLM, and the file of the answers that it has given."""
 
@@ -120,29 +125,25 @@ class Writer:
                 file.write("\n" + json.dumps({"key": name, "answer": answer}))
         return answer
 
-    def ask_until_good(self, task: str, fault_of: Callable[[str, str], str], story: str) -> str:
-        """An answer without fault, of up to three tries that name the fault; else ""."""
+    def good(self, what: str, task: str, fault_of: Callable[[str], str]) -> str:
+        """An answer without fault, of up to three tries that name the fault. Unfit without one."""
         messages = question = [{"role": "user", "content": task}]
         for _ in range(3):
             answer = self.ask(messages).strip()
-            fault = fault_of(answer, story)
+            fault = fault_of(answer)
             if not fault:
                 return answer
             retry = {"role": "user", "content": f"That cannot be used: {fault}. Write it again."}
             messages = [*question, {"role": "assistant", "content": answer}, retry]
-        return ""
+        raise Unfit(f"no usable {what}")
 
-    def rewrite(self, example: Example) -> Example | str:
-        """An example with a prompt and a reasoning trace by the LLM, or why there is none."""
+    def rewrite(self, example: Example) -> Example:
+        """The example with a prompt and a reasoning trace by the LLM."""
         story = example.story
         task = PROMPT_TASK.format(story=story)
-        prompt = self.ask_until_good(task, fault_of_prompt, story)
-        if not prompt:
-            return "no usable prompt"
+        prompt = self.good("prompt", task, partial(fault_of_prompt, story=story))
         task = TRACE_TASK.format(prompt=prompt, story=story)
-        reasoning = self.ask_until_good(task, fault_of_trace, story)
-        if not reasoning:
-            return "no usable trace"
+        reasoning = self.good("trace", task, partial(fault_of_trace, story=story))
         author = f"prompt and trace by {self.options.model}"
         source = example.source.replace("template prompt", author)
         prompt = f"{prompt} {length_sentence(example.target_words)}"
@@ -166,24 +167,21 @@ class Writer:
 
     def back_translate(self, examples: list[Example]) -> tuple[list[Example], Counter[str]]:
         """Examples with prompts and traces by the LLM, and how many were dropped for what."""
-        made: list[Example] = []
+        made = []
         dropped: Counter[str] = Counter()
-        failed: list[CallFailed] = []
+        failed = []
         with ThreadPoolExecutor(self.options.concurrency) as pool:
             futures = [pool.submit(self.rewrite, example) for example in examples]
             for future in tqdm(futures, desc="prompts", unit="story"):
                 try:
-                    result = future.result()
+                    made.append(future.result())
+                except Unfit as why:
+                    dropped[str(why)] += 1
                 except CallFailed as error:
                     failed.append(error)
                 except BaseException:  # the others would end like this one
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-                else:
-                    if isinstance(result, Example):
-                        made.append(result)
-                    else:
-                        dropped[result] += 1
         stats = self.client.stats()
         tokens = f"{stats['tokens_in']:,} tokens in, {stats['tokens_out']:,} out"
         calls = f"{stats['calls']} calls ({self.cached} answers were there already)"

@@ -109,9 +109,10 @@ def epub_text(path: Path) -> str:
 # --------------------------------------------------------------------------------- lines and titles
 
 NUMERAL = r"(?:(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})|\d+)"
-_ORDINALS = "first second third fourth fifth sixth seventh last"
-_NUMBERS = "one two three four five six seven eight nine ten"
-ORDINAL = f"(?:{'|'.join([*_NUMBERS.split(), *_ORDINALS.split()])})"
+ORDINAL = (
+    "(?:one|two|three|four|five|six|seven|eight|nine|ten"
+    "|first|second|third|fourth|fifth|sixth|seventh|last)"
+)
 DIVISION = "(?:chap(?:ter)?|part|book|vol(?:ume)?|section|canto|letter|scene|act|story|episode)"
 NUMBERING = re.compile(  # "IV. ", "3 -- ", "ADVENTURE I. ", "No. 1--", "II     "
     r"^(?:(?:adventure|chap(?:ter)?|story|tale|no|number)\b\.?\s*)?"
