@@ -1,15 +1,14 @@
-"""The miniature: a world small enough that the whole recipe runs in minutes, offline, on two CPU cores.
+"""The miniature's data and model: the whole recipe in minutes, offline, on two CPU cores.
 
-Nothing of POLARIS itself is in here, which is why it is a file of its own: the modules that people copy stay free of
-toys. It makes what the published run downloads, all of it from one seed:
+What the published run downloads, made from one seed:
 
     fables()       prompt–story pairs from a small story grammar, of 25 or 60 words
     make_model()   a byte-level BPE tokenizer and a random hybrid model in the style of Qwen3.5
     mislead()      the same pairs, three in five of them asking for the length of another story
     stretch()      validation prompts for 1x, 2x and 3x the trained length
 
-The warm start on misleading prompts leaves a model that writes fluently and listens with half an ear. What
-reinforcement learning then adds can be seen with the naked eye: stories as long as was asked, about what was asked.
+The warm start on misleading prompts leaves a model that writes fluently and often ignores the
+requested length. Reinforcement learning then teaches it to write as long as was asked.
 """
 
 import random
@@ -24,10 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 from data import Example
 from reward import word_count
 
-LENGTHS = (
-    25,
-    60,
-)  # words: so far apart that a million parameters can tell them apart within minutes
+LENGTHS = (25, 60)  # words: a million parameters can tell these apart within minutes
 HEROES = "fox badger hare goat crow toad mole wren".split()
 TRAITS = "small proud shy grey brave quiet hungry clever".split()
 THINGS = "lantern bell key kite drum ring boat map".split()
@@ -60,38 +56,38 @@ ENDINGS = [
     "The {thing} was broken, but the {hero} had found a friend.",
     "So the {hero} came back to the {place}, and the {thing} never left the house again.",
 ]
-PROMPT = "Write a story about a {trait} {hero}, a {thing} and the {place}. The story should be {words} words long."
-
-# Written for this project after the protocol of Qwen3.5's template: the generation prompt opens the think block
-# itself, and closes it at once where thinking is off.
+PROMPT = (
+    "Write a story about a {trait} {hero}, a {thing} and the {place}. "
+    "The story should be {words} words long."
+)
+# Written for this project after the protocol of Qwen3.5's template: the generation prompt opens the
+# think block itself, and closes it at once where thinking is off.
 CHAT_TEMPLATE = """
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}
-    {%- if m.role == 'assistant' %}{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+    {%- if m.role == 'assistant' %}\
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
     {{- m.content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n<think>\\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}{{- '\\n</think>\\n\\n' }}{%- endif %}
+    {%- if enable_thinking is defined and not enable_thinking %}\
+{{- '\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}
 """
 
 
-def fable(rng: random.Random, words: int) -> tuple[str, dict]:
+def fable(rng: random.Random, words: int) -> tuple[str, dict[str, str]]:
     """One story of about `words` words, and what its prompt has to name."""
     hero, friend = rng.sample(HEROES, 2)
     place, other_place = rng.sample(PLACES, 2)
     slots = dict(hero=hero, friend=friend, place=place, other_place=other_place)
     slots |= dict(trait=rng.choice(TRAITS), thing=rng.choice(THINGS))
-    opening, *middles, ending = [
-        sentence.format(**slots)
-        for sentence in (
-            rng.choice(OPENINGS),
-            *rng.sample(MIDDLES, len(MIDDLES)),
-            rng.choice(ENDINGS),
-        )
-    ]
-    stories = [" ".join([opening, *middles[:n], ending]) for n in range(len(middles) + 1)]
+    opening = rng.choice(OPENINGS)
+    middles = rng.sample(MIDDLES, len(MIDDLES))
+    ending = rng.choice(ENDINGS)
+    lengths = range(len(middles) + 1)
+    stories = [" ".join([opening, *middles[:n], ending]).format(**slots) for n in lengths]
     return min(stories, key=lambda story: abs(word_count(story) - words)), slots
 
 
@@ -114,45 +110,37 @@ def ask_for(example: Example, words: int) -> Example:
 
 
 def mislead(examples: list[Example], seed: int, share: float = 0.6) -> list[Example]:
-    """The same pairs, but `share` of the prompts ask for the length of another story drawn at random."""
+    """The same pairs, but `share` of the prompts ask for the length of a story drawn at random."""
     rng = random.Random(f"mislead-{seed}")
-    lengths = [e.target_words for e in examples]
+    lengths = [example.target_words for example in examples]
     return [ask_for(e, rng.choice(lengths)) if rng.random() < share else e for e in examples]
 
 
 def stretch(examples: list[Example], longest: int) -> list[Example]:
-    """Each example as three validation prompts: at its own length, and one and two times `longest` words above it.
+    """Each example as three validation prompts: at its own length, and 1 and 2 x `longest` above.
 
-    With `longest` the longest trained story these are the thirds of the paper's 1–4k, 4–8k and 8–12k words.
+    With `longest` the longest trained story these are the thirds of the paper's 1–4k, 4–8k and
+    8–12k words.
     """
-    return [
-        replace(
-            ask_for(e, e.target_words + extra * longest),
-            uid=f"{e.uid}+{extra}",
-            story="",
-            reasoning="",
-        )
-        for extra in (0, 1, 2)
-        for e in examples
-    ]
+    prompts = []
+    for extra in (0, 1, 2):
+        for e in examples:
+            longer = ask_for(e, e.target_words + extra * longest)
+            prompts.append(replace(longer, uid=f"{e.uid}+{extra}", story="", reasoning=""))
+    return prompts
 
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's special tokens; digits stand alone, so that 35 and 36 share their 3."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    """A byte-level BPE with Qwen's special tokens; digits stand alone: 35 and 36 share their 3."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s+"), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -168,7 +156,7 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
 def make_model(
     out: Path, examples: list[Example], seed: int, vocab_size: int = 512, hidden: int = 128
 ) -> None:
-    """Write a tokenizer trained on `examples` and a random hybrid model of about a million parameters to `out`."""
+    """Write a tokenizer trained on the examples, and a random model of a million parameters."""
     tokenizer = make_tokenizer([f"{e.prompt}\n{e.story}" for e in examples], vocab_size)
     torch.manual_seed(seed)
     config = Qwen3_5TextConfig(

@@ -1,4 +1,4 @@
-"""Small synthetic anthologies in the heading styles of real ones, with the truth about their stories."""
+"""Small synthetic anthologies in the heading styles of real ones, and their true stories."""
 
 import random
 import textwrap
@@ -89,10 +89,9 @@ VERSE = [
 
 def sentence(rng):
     syllables = ["bar", "den", "lo", "mi", "ras", "tok", "vel", "wyn", "shu", "ger"]
-    first, second = (
-        "".join(rng.choices(syllables, k=3)).title() for _ in range(2)
-    )  # no two sentences are alike
-    text = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} of {first} {rng.choice(ENDS)} at {second}."
+    first, second = ("".join(rng.choices(syllables, k=3)).title() for _ in range(2))
+    subject, verb, thing, end = map(rng.choice, (SUBJECTS, VERBS, OBJECTS, ENDS))
+    text = f"{subject} {verb} {thing} of {first} {end} at {second}."  # no two are alike
     return text[0].upper() + text[1:]
 
 
@@ -127,10 +126,19 @@ STYLES = {
     "dot leaders": (lambda i, t: f"{t} " + ". " * 12 + str(10 * i + 7), lambda i, t: t),
     "title case": (lambda i, t: f"  {t}", lambda i, t: t),
     "italics": (lambda i, t: f"{ROMAN[i]}    _{t}_", lambda i, t: f"_{t.upper()}._"),
-    "numbered": (lambda i, t: f"{ROMAN[i]:>5}. {t}", lambda i, t: f"ADVENTURE {ROMAN[i]}. {t.upper()}"),
-    "numeral above": (lambda i, t: f"{ROMAN[i]}. {t.upper()}", lambda i, t: f"{ROMAN[i]}\n\n{t.upper()}"),
+    "numbered": (
+        lambda i, t: f"{ROMAN[i]:>5}. {t}",
+        lambda i, t: f"ADVENTURE {ROMAN[i]}. {t.upper()}",
+    ),
+    "numeral above": (
+        lambda i, t: f"{ROMAN[i]}. {t.upper()}",
+        lambda i, t: f"{ROMAN[i]}\n\n{t.upper()}",
+    ),
     "arabic": (lambda i, t: f"{i + 1}. {t}", lambda i, t: f"{i + 1}. {t.upper()}"),
-    "byline": (lambda i, t: f"{t.upper()}\n    ANN AUTHOR", lambda i, t: f"{t.upper()}\nBY ANN AUTHOR"),
+    "byline": (
+        lambda i, t: f"{t.upper()}\n    ANN AUTHOR",
+        lambda i, t: f"{t.upper()}\nBY ANN AUTHOR",
+    ),
     "author in list": (
         lambda i, t: f"{t.upper()}   _Ann Author_  {i + 3}",
         lambda i, t: f"{t.upper()}\n\n_Ann Author_ (1801-1870)",
@@ -142,7 +150,10 @@ STYLES = {
     "author above": (lambda i, t: f"  {t}  Ann Author", lambda i, t: f"ANN AUTHOR\n\n{t.upper()}"),
     "lower case": (lambda i, t: f"{t.lower()}  {10 * i + 7}", lambda i, t: t.upper()),
     "page first": (lambda i, t: f"{10 * i + 7:4}  {t}", lambda i, t: t),
-    "number in the heading": (lambda i, t: f"{ROMAN[i]}. {t}", lambda i, t: f"{ROMAN[i]}\n{t.upper()}"),
+    "number in the heading": (
+        lambda i, t: f"{ROMAN[i]}. {t}",
+        lambda i, t: f"{ROMAN[i]}\n{t.upper()}",
+    ),
     "other title": (
         lambda i, t: f"  {t}; or, The Clerk's Mistake",
         lambda i, t: f"{t.upper()};\n\nOR,\n\nTHE CLERK'S MISTAKE",
@@ -156,7 +167,7 @@ STYLES = {
     "no list, italics": (None, lambda i, t: f"_{t}_"),
     "no list, number in the heading": (None, lambda i, t: f"STORY {ROMAN[i]}\n{t.upper()}"),
     "no list, numbered": (None, lambda i, t: f"No. {i + 1}--{t.upper()}"),
-}  # fmt: skip
+}
 
 
 def anthology(
@@ -169,7 +180,7 @@ def anthology(
     front="",
     decorate=body,
 ):
-    """-> (text of the book, [(title, paragraphs)]). decorate: paragraphs -> text under the heading."""
+    """-> (text of the book, [(title, paragraphs)]). decorate: paragraphs, width -> text below."""
     entry, heading = STYLES[style]
     truth = stories(seed, words)
     names = {"title": title, "author": author, "upper": title.upper()}

@@ -1,6 +1,7 @@
-"""data.py and books.py: examples, chat templates, splitting of anthologies, filters, prompts by an LLM, downloads."""
+"""data.py and corpus/: examples, chat templates, splitting, filters, an LLM, downloads."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,12 +22,24 @@ from hypothesis import strategies as st
 
 import data
 from corpus import build
-from corpus.books import Story, author_key, key, kind_of, read_text, split_book
+from corpus.books import Story, kind_of, split_book
+from corpus.headings import author_key
+from corpus.prompts import fault_of_prompt, fault_of_trace
+from corpus.text import key, read_text
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
 
 
-# ------------------------------------------------------------------------------------------------------------ examples
+@contextlib.contextmanager
+def stops(capsys, message, status=2):
+    """The block ends the program with that exit status and a last line on stderr like `message`."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    printed = capsys.readouterr().err
+    assert stop.value.code == status and re.search(message, printed), printed
+
+
+# ----------------------------------------------------------------------------------------- examples
 
 
 def row(**changes):
@@ -79,8 +93,9 @@ def test_bad_line_is_named_with_file_and_line(tmp_path, name, capsys):
     first = str(error.value).split("\n")[0]
     assert first.startswith(f"{path}:3: ") and all(fragment in first for fragment in fragments)
     assert "1 more" in str(error.value)  # the last line is bad too
-    with pytest.raises(SystemExit):
-        build.main(["check", str(path), "--thinking"])
+    with pytest.raises(SystemExit) as stop:
+        data.main(["check", str(path), "--thinking"])
+    assert stop.value.code == 2
     assert f"{path}:3: " in (printed := capsys.readouterr().out) and f"{path}:4: " in printed
 
 
@@ -139,29 +154,20 @@ def test_no_epoch_sees_an_example_twice_and_each_sees_all_but_the_last_few(
 
 def test_order_of_examples_is_fixed_for_good_and_fresh_each_epoch():
     items = make(8)
-    assert [e.uid for e in data.step_examples(items, 3479, 1, 8)] == [
-        "e5",
-        "e7",
-        "e6",
-        "e2",
-        "e1",
-        "e4",
-        "e3",
-        "e0",
-    ]
-    orders = {
-        tuple(e.uid for e in data.step_examples(items, seed, step, 8))
-        for seed in (1, 2)
-        for step in (1, 2, 3)
-    }
-    assert len(orders) == 6
+
+    def order(seed, step):
+        return " ".join(e.uid for e in data.step_examples(items, seed, step, 8))
+
+    assert order(3479, 1) == "e5 e7 e6 e2 e1 e4 e3 e0"
+    assert len({order(seed, step) for seed in (1, 2) for step in (1, 2, 3)}) == 6
 
 
-# ------------------------------------------------------------------------------------------------------- chat template
+# ------------------------------------------------------------------------------------ chat template
 
 TURNS = """{%- for m in messages %}
 {%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}
-{%- if m.reasoning_content is defined %}{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
+{%- if m.reasoning_content is defined %}
+{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
 {%- elif EMPTY %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{- m.content + '<|im_end|>\\n' }}
 {%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}
 {%- endfor %}
@@ -257,21 +263,10 @@ def test_check_counts_tokens(tokenizer, tmp_path, capsys):
     if tokenizer.kind == "opens":
         tokenizer.save_pretrained(tmp_path / "tok")
         path = write_rows(tmp_path / "x.jsonl", row(), row(uid="b", story="word " * 400))
-        build.main(
-            [
-                "check",
-                str(path),
-                "--thinking",
-                "--tokenizer",
-                str(tmp_path / "tok"),
-                "--max-response",
-                "300",
-            ]
-        )
-        assert (
-            "50.0% fit 300" in (printed := capsys.readouterr().out)
-            and "2 good examples, 0 bad lines" in printed
-        )
+        options = ["--thinking", "--tokenizer", str(tmp_path / "tok"), "--max-response", "300"]
+        data.main(["check", str(path), *options])
+        printed = capsys.readouterr().out
+        assert "50.0% fit 300" in printed and "2 good examples, 0 bad lines" in printed
 
 
 def test_split_response():
@@ -281,7 +276,7 @@ def test_split_response():
     assert data.split_response(" Once </think>. ", False) == ("", "Once </think>.")
 
 
-# ----------------------------------------------------------------------------------------------------------- splitting
+# ---------------------------------------------------------------------------------------- splitting
 
 
 def found(text):
@@ -323,7 +318,8 @@ NOT_PROSE = {
     "dedication": around("TO MARGARET\n\n"),
     "dedication in small letters": around("To Georges Legrand.\n\n"),
     "life of the author": around(
-        "Ann Author (1832-1910) was born at Dover and wrote for the papers. Her tales fill\nnine volumes.\n\n"
+        "Ann Author (1832-1910) was born at Dover and wrote for the papers. Her tales fill\n"
+        "nine volumes.\n\n"
         "This one is from the second, and the best of them.\n\n\n\n"
     ),
     "note with a star": around(tail="\n\n     [*] An old word."),
@@ -336,7 +332,8 @@ NOT_PROSE = {
         tail="\n\n\nNOTES\n\n[1] An old word.\n\n[2] Another of them, longer than the first."
     ),
     "next volume": around(
-        tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n      Translated by\n      A. B. Clark and Others"
+        tail="\n\n\n\n\nNIGHT PIECES, Vol. 2.\n\n\n"
+        "      Translated by\n      A. B. Clark and Others"
     ),
     "printer": around(
         tail="\n\n          _Printed by_\n     MORRISON & GIBB LIMITED\n          _Edinburgh_"
@@ -522,22 +519,12 @@ def test_no_gutenberg_text_survives_any_marker_spelling():
         assert found(new) == truth_of(truth)
 
 
-# --------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
-def build(tmp_path, *arguments, name="train.jsonl"):
-    build.main(
-        [
-            "build",
-            *map(str, arguments),
-            "--out",
-            str(tmp_path / name),
-            "--min-words",
-            "300",
-            "--max-words",
-            "600",
-        ]
-    )
+def run_build(tmp_path, *arguments, name="train.jsonl"):
+    out = ["--out", str(tmp_path / name), "--min-words", "300", "--max-words", "600"]
+    build.main(["build", *map(str, arguments), *out])
     return data.load(tmp_path / name)
 
 
@@ -554,7 +541,7 @@ def books(tmp_path):
 
 
 def test_build_writes_examples_a_card_and_the_same_bytes_again(tmp_path, books, capsys):
-    first = build(tmp_path, *books, "--show")
+    first = run_build(tmp_path, *books, "--show")
     assert len(first) == 24 and len({e.uid for e in first}) == 24
     for e in first:
         assert abs(e.target_words / len(e.story.split()) - 1) < 0.06 and e.target_words % 10 == 0
@@ -568,7 +555,7 @@ def test_build_writes_examples_a_card_and_the_same_bytes_again(tmp_path, books, 
     card = (tmp_path / "train.card.md").read_text("utf-8")
     assert "| book1.txt | Volume 1 | Author B | 6 | 6 |" in card and "public domain" in card
     before = (tmp_path / "train.jsonl").read_bytes(), card
-    build(tmp_path, *books)
+    run_build(tmp_path, *books)
     assert before == (
         (tmp_path / "train.jsonl").read_bytes(),
         (tmp_path / "train.card.md").read_text("utf-8"),
@@ -584,17 +571,17 @@ def test_near_duplicates_across_books_go(tmp_path, books, capsys):
         words, words.replace("rain", "snow").replace("lantern", "candle")
     )  # an edition with other words
     (tmp_path / "other.txt").write_text(text, encoding="utf-8")
-    kept = build(tmp_path, *books, tmp_path / "other.txt")
+    kept = run_build(tmp_path, *books, tmp_path / "other.txt")
     assert len(kept) == 24 and not any("other.txt" in e.source for e in kept)
     assert "6 near-duplicate" in capsys.readouterr().out
 
 
 def test_split_by_author_with_length_buckets(tmp_path, books):
-    train = build(tmp_path, *books, "--test", tmp_path / "test.jsonl", "--test-share", "0.3")
+    train = run_build(tmp_path, *books, "--test", tmp_path / "test.jsonl", "--test-share", "0.3")
     test = data.load(tmp_path / "test.jsonl", anchors=False)
     authors = [{e.source.split(" | ")[1] for e in part} for part in (train, test)]
     assert not authors[0] & authors[1] and len(train) + len(test) == 24 and len(test) == 6
-    assert [sum(low <= e.target_words < high for e in test) for low, high in data.BUCKETS] == [
+    assert [sum(low <= e.target_words < high for e in test) for low, high in build.BUCKETS] == [
         1
     ] * 6
     assert all(not e.story and e.prompt.endswith(f"{e.target_words} words long.") for e in test)
@@ -633,8 +620,7 @@ def test_kinds_that_are_no_stories(tmp_path):
     )
     assert (
         kind(
-            "The weight of the ant is to that of the stone as one is to two; such is the law of it. "
-            * 30
+            "The weight of the ant is to that of the stone as one is to two; such is its law. " * 30
         )
         == "essay or sketch"
     )
@@ -683,26 +669,25 @@ BAD_BOOKS = {
 
 
 @pytest.mark.parametrize("name", BAD_BOOKS)
-def test_bad_books_get_a_clear_message(tmp_path, name):
+def test_bad_books_get_a_clear_message(tmp_path, name, capsys):
     content, message = BAD_BOOKS[name]
     if content is None:
         with zipfile.ZipFile(tmp_path / "book.txt", "w") as book:
             book.writestr("page.xhtml", "<p>Once.</p>")
     else:
         (tmp_path / "book.txt").write_bytes(content)
-    with pytest.raises(SystemExit, match=message) as stop:
-        build(tmp_path, tmp_path / "book.txt")
-    assert "\n" not in str(stop.value)
+    with stops(capsys, f"(^|\n){re.escape(str(tmp_path))}/.*{message}.*\n$"):  # one line
+        run_build(tmp_path, tmp_path / "book.txt")
     assert not (tmp_path / "train.jsonl").exists()
 
 
 def test_folder_missing_file_and_one_bad_book_among_good(tmp_path, books, capsys):
-    with pytest.raises(SystemExit, match=r"is a folder; give its files"):
-        build(tmp_path, tmp_path)
-    with pytest.raises(SystemExit, match="cannot be read"):
-        build(tmp_path, tmp_path / "none.txt")
+    with stops(capsys, "is a folder; give its files"):
+        run_build(tmp_path, tmp_path)
+    with stops(capsys, "cannot be read"):
+        run_build(tmp_path, tmp_path / "none.txt")
     (tmp_path / "bad.txt").write_bytes(b"\0")
-    assert len(build(tmp_path, tmp_path / "bad.txt", *books)) == 24
+    assert len(run_build(tmp_path, tmp_path / "bad.txt", *books)) == 24
     assert "bad.txt: holds binary data" in capsys.readouterr().err
     assert "bad.txt: holds binary data" in (tmp_path / "train.card.md").read_text("utf-8")
 
@@ -713,7 +698,7 @@ def test_old_encodings_that_say_so_are_read(tmp_path):
         "The widow", "The fianc\xe9e"
     )
     (tmp_path / "old.txt").write_bytes(text.replace("\n", "\r\n").encode("latin-1"))
-    stories = build(tmp_path, tmp_path / "old.txt")
+    stories = run_build(tmp_path, tmp_path / "old.txt")
     assert (
         len(stories) == 6
         and any("The fianc\xe9e" in e.story for e in stories)
@@ -737,9 +722,10 @@ def test_epub(tmp_path):
         spine = "".join(f'<itemref idref="{i}"/>' for i in ids)
         book.writestr(
             "O/p.opf",
-            '<package xmlns="http://www.idpf.org/2007/opf"><metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
-            "<dc:title>Night &amp; Day</dc:title><dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language>"
-            "</metadata>"
+            '<package xmlns="http://www.idpf.org/2007/opf">'
+            '<metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
+            "<dc:title>Night &amp; Day</dc:title>"
+            "<dc:creator>Jane Doe</dc:creator><dc:language>en</dc:language></metadata>"
             f"<manifest>{items}</manifest><spine>{spine}</spine></package>",
         )
         book.writestr("O/c x.xhtml", contents)
@@ -748,12 +734,14 @@ def test_epub(tmp_path):
                 f"<p>{p.replace('widow', '<i>widow</i>')}</p>" for p in parts
             )
             book.writestr(f"O/s{i} x.xhtml", page.format(body))
-    kept = build(tmp_path, tmp_path / "book.epub")
+    kept = run_build(tmp_path, tmp_path / "book.epub")
     assert [e.story for e in kept] == ["\n\n".join(parts) for _, parts in truth]
     assert kept[0].source.startswith("Night & Day | Jane Doe | book.epub:")
 
 
-def test_prompts_only(tmp_path):
+def test_prompts_only(tmp_path, capsys):
+    files = [str(tmp_path / "p.json"), "--out", str(tmp_path / "o.jsonl")]
+    command = ["build", "--prompts-only", *files]
     chat = {
         "prompt": [
             {"role": "system", "content": "x"},
@@ -762,42 +750,24 @@ def test_prompts_only(tmp_path):
     }
     for text in (json.dumps([chat, row()]), "\n".join(map(json.dumps, [chat, row()]))):
         (tmp_path / "p.json").write_text(text)
-        build.main(
-            [
-                "build",
-                str(tmp_path / "p.json"),
-                "--prompts-only",
-                "--out",
-                str(tmp_path / "o.jsonl"),
-            ]
-        )
-        assert [e.target_words for e in data.load(tmp_path / "o.jsonl", anchors=False)] == [
-            2000,
-            1500,
-        ]
+        build.main(command)
+        prompts = data.load(tmp_path / "o.jsonl", anchors=False)
+        assert [e.target_words for e in prompts] == [2000, 1500]
     for bad, message in (
         ('{"x": 1}', "row 1 has no"),
         ('{"prompt": "A fox."}', "no length"),
         ("{", "broken JSON"),
     ):
         (tmp_path / "p.json").write_text(bad)
-        with pytest.raises(SystemExit, match=message):
-            build.main(
-                [
-                    "build",
-                    str(tmp_path / "p.json"),
-                    "--prompts-only",
-                    "--out",
-                    str(tmp_path / "o.jsonl"),
-                ]
-            )
+        with stops(capsys, message):
+            build.main(command)
 
 
-# ------------------------------------------------------------------------------------------------------- local servers
+# ------------------------------------------------------------------------------------ local servers
 
 
 def serve(handler):
-    """A server on 127.0.0.1 whose do_POST/do_GET is handler(path, body) -> (status, headers, body)."""
+    """A server on 127.0.0.1; handler(path, body) -> (status, headers, body) answers requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -820,16 +790,14 @@ def serve(handler):
 
 
 class FakeLLM:
-    """Answers assignments and plans; `faults` failures first; each kind of bad answer once per story."""
+    """Writes assignments and plans, after `faults` failures; each bad answer once per story."""
 
     def __init__(self, faults=0, bad=(), stop_after=10**9):
-        self.faults, self.bad, self.stop_after, self.paid, self.lock = (
-            faults,
-            bad,
-            stop_after,
-            [],
-            threading.Lock(),
-        )
+        self.faults = faults
+        self.bad = bad
+        self.stop_after = stop_after
+        self.paid = []
+        self.lock = threading.Lock()
 
     def __call__(self, path, body):
         messages = json.loads(body)["messages"]
@@ -849,8 +817,8 @@ class FakeLLM:
                 for i in range(12)
             )
         else:
-            answer = "Write a quiet tale, in the third person, of two people who meet by chance in bad weather and must "
-            answer += "decide whom they trust."
+            answer = "Write a quiet tale, in the third person, of two people who meet by chance in "
+            answer += "bad weather and must decide whom they trust."
         usage = {"prompt_tokens": 1000, "completion_tokens": 100}
         reply = {
             "choices": [
@@ -864,19 +832,9 @@ class FakeLLM:
 def llm_build(tmp_path, books, llm, *arguments, name="train.jsonl"):
     server, url = serve(llm)
     try:
-        llm_arguments = [
-            "--prompts",
-            "llm",
-            "--llm-url",
-            f"{url}/v1",
-            "--llm-model",
-            "m",
-            "--price-in",
-            "1",
-            "--llm-concurrency",
-            "3",
-        ]
-        build(tmp_path, *books, *llm_arguments, *arguments, name=name)
+        llm_arguments = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m"]
+        llm_arguments += ["--llm-price-in", "1", "--llm-concurrency", "3", *arguments]
+        run_build(tmp_path, *books, *llm_arguments, name=name)
     finally:
         server.shutdown()
         server.server_close()
@@ -899,7 +857,7 @@ def test_llm_prompts_with_faults_then_cut_off_and_resumed_pay_nothing_twice(
     )
 
     cut = FakeLLM(stop_after=11)
-    with pytest.raises(SystemExit, match="credit is used up"):
+    with stops(capsys, "credit is used up", status=3):
         llm_build(tmp_path, books[:2], cut)
     assert not (tmp_path / "train.jsonl").exists()
     with (tmp_path / "train.jsonl.llm").open("a") as file:
@@ -927,16 +885,8 @@ def test_a_killed_run_is_resumed_and_pays_nothing_twice(tmp_path, books):
         return 503, {}, b""
 
     server, url = serve(stalls)
-    llm = [
-        "--prompts",
-        "llm",
-        "--llm-url",
-        f"{url}/v1",
-        "--llm-model",
-        "m",
-        "--llm-concurrency",
-        "3",
-    ]
+    llm = ["--prompts", "llm", "--llm-url", f"{url}/v1", "--llm-model", "m"]
+    llm += ["--llm-concurrency", "3"]
     words = ["--min-words", "300", "--max-words", "600", "--out", str(tmp_path / "train.jsonl")]
     process = subprocess.Popen(
         [sys.executable, data.__file__, "build", str(books[0]), *words, *llm]
@@ -980,39 +930,96 @@ def test_bad_answers_are_sent_back_with_the_reason_and_dropped_when_they_stay_ba
     assert "no usable prompt: 6" in (tmp_path / "none.card.md").read_text("utf-8")
 
 
-def test_an_llm_that_is_not_there_stops_with_the_reason(tmp_path, books):
+def test_an_llm_that_is_not_there_stops_with_the_reason(tmp_path, books, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(SystemExit, match="(?s)got no answer.*run the same command again|is down"):
-        build(
-            tmp_path,
-            books[0],
-            "--prompts",
-            "llm",
-            "--llm-url",
-            url,
-            "--llm-model",
-            "m",
-            "--llm-concurrency",
-            "12",
-        )
+    llm = ["--prompts", "llm", "--llm-url", url, "--llm-model", "m", "--llm-concurrency", "12"]
+    with stops(capsys, "(?s)got no answer.*run the same command again|is down", status=3):
+        run_build(tmp_path, books[0], *llm)
+
+
+@pytest.mark.parametrize("old", build.RENAMED)
+def test_a_renamed_option_is_refused_by_a_line_that_names_the_new_one(old, tmp_path, capsys):
+    for arguments in ([old, "1"], [f"{old}=1"]):
+        with stops(capsys, f"{old} is now {build.RENAMED[old]}"):
+            run_build(tmp_path, tmp_path / "book.txt", *arguments)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--llm-url", "http://user:pass@127.0.0.1/v1"], "without user, key or query"),
+        (["--llm-extra", "[1]"], "extra is no JSON object"),
+    ],
+)
+def test_llm_options_are_checked_before_a_book_is_read(tmp_path, books, capsys, options, message):
+    llm = ["--prompts", "llm", "--llm-url", "http://127.0.0.1/v1", "--llm-model", "m", *options]
+    with stops(capsys, f"^an --llm option.*{message}"):
+        run_build(tmp_path, *books, *llm)
+
+
+def test_llm_options_reach_every_request(tmp_path, books):
+    asked = []
+    llm = FakeLLM()
+
+    def keep(path, body):
+        asked.append(json.loads(body))
+        return llm(path, body)
+
+    llm_build(tmp_path, books[:1], keep, "--llm-extra", '{"top_k": 5, "temperature": null}')
+    assert all(body["top_k"] == 5 and body["model"] == "m" for body in asked) and len(asked) == 12
+    assert not any("temperature" in body for body in asked)
+
+
+def test_importing_data_loads_neither_the_splitter_nor_an_http_client_nor_torch():
+    code = (
+        "import sys, data; print(*sorted({'requests', 'torch', 'corpus', 'chat'} & {*sys.modules}))"
+    )
+    folder = Path(data.__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+    )
+    assert (result.stdout, result.stderr) == ("\n", "")
+
+
+def test_data_hands_over_to_the_builder_and_gives_its_exit_status(tmp_path, books):
+    (tmp_path / "data.py").write_text("raise SystemExit('a module of the current folder')")
+    command = [sys.executable, data.__file__, "build", str(books[0]), "--min-words", "300"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert len(data.load(tmp_path / "train.jsonl")) == 6
+    (tmp_path / "bad.txt").write_bytes(b"")
+    command = [sys.executable, data.__file__, "build", str(tmp_path / "bad.txt")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "the file is empty" in result.stderr
+
+
+def test_data_without_corpus_says_what_it_needs(tmp_path):
+    for name in ("data.py", "reward.py"):
+        (tmp_path / name).write_text((Path(data.__file__).parent / name).read_text("utf-8"))
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    assert run([sys.executable, "data.py", "--help"]).returncode == 0
+    result = run([sys.executable, "data.py", "build", "x.txt"])
+    assert result.returncode == 2 and "needs the folder corpus/" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_what_is_wrong_with_a_prompt():
-    story = "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of the very old grey horse behind the mill."
-    good = "Write about a woman who finds an animal that nobody else can see, and must choose whether to tell of it."
-    assert data.fault_of_prompt(good, story) == ""
-    assert "names" in data.fault_of_prompt(good + " Call her Ann.", story)
-    assert "copies" in data.fault_of_prompt(
+    story = "There was Ann, and then Ann saw it, so Ann ran, while Ann was glad of "
+    story += "the very old grey horse behind the mill."
+    good = "Write about a woman who finds an animal that nobody else can see, "
+    good += "and must choose whether to tell of it."
+    assert fault_of_prompt(good, story) == ""
+    assert "names" in fault_of_prompt(good + " Call her Ann.", story)
+    assert "copies" in fault_of_prompt(
         good + " It is the very old grey horse behind the mill.", story
     )
-    assert "length" in data.fault_of_prompt(good + " Make it 900 words long.", story)
-    assert "words; write" in data.fault_of_prompt(
+    assert "length" in fault_of_prompt(good + " Make it 900 words long.", story)
+    assert "words; write" in fault_of_prompt(
         "A horse.", story
-    ) and "words; write" in data.fault_of_prompt(good * 9, story)
-    assert "plain prose" in data.fault_of_prompt("# Prompt\n" + good, story)
-    assert "plain prose" in data.fault_of_trace("<think> " + "I plan. " * 100, story)
+    ) and "words; write" in fault_of_prompt(good * 9, story)
+    assert "plain prose" in fault_of_prompt("# Prompt\n" + good, story)
+    assert "plain prose" in fault_of_trace("<think> " + "I plan. " * 100, story)
 
 
 def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
@@ -1031,27 +1038,18 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
         return 200, {}, f"The Project Gutenberg eBook\r\nof {book}\r\n".encode()
 
     server, url = serve(handler)
-    command = [
-        "gutenberg",
-        "--out",
-        str(tmp_path / "books"),
-        "--mirror",
-        url + "/",
-        "--pause",
-        "0.01",
-    ]
+    folder = str(tmp_path / "books")
+    command = ["gutenberg", "--out", folder, "--mirror", f"{url}/", "--pause", "0.01"]
     build.main([*command, "1", "2"])
     assert (tmp_path / "books/2.txt").read_text() == "The Project Gutenberg eBook\nof 2\n"
     assert asked == {"/cache/epub/1/pg1.txt": 1, "/cache/epub/2/pg2.txt": 2}
-    with pytest.raises(
-        SystemExit, match="(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"
-    ):
+    with stops(capsys, "(?s)3: .*404.*4: .*no Gutenberg text.*run the same command again"):
         build.main([*command, "1", "3", "4", "5"])
     assert asked["/cache/epub/1/pg1.txt"] == 1
     assert sorted(p.name for p in (tmp_path / "books").iterdir()) == ["1.txt", "2.txt", "5.txt"]
     server.shutdown()
     server.server_close()
-    with pytest.raises(SystemExit, match="cannot be reached"):
+    with stops(capsys, "cannot be reached"):
         build.main([*command, "6"])
     capsys.readouterr()
     build.main(["gutenberg", "--list"])
