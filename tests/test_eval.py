@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval as evaluation  # noqa: E402
-import judge  # noqa: E402
-import mini.world as mini  # noqa: E402
-from evals.length import length_bucket, length_table, slope
-from evals.report import chart, report, text, ticks
-from rollout import Sampling  # noqa: E402
+import eval as evaluation
+import judge
+from evals.length import BUCKETS, length_bucket, length_table, slope
+from evals.report import PAGES, report, ticks, visible
+from evals.stories import Writer, put, stories, story
+from mini import world as mini
+from reward import word_count
+from rollout import Sampling
 from rundir import RecordError, read_jsonl
 
+ROOT = Path(__file__).parents[1]
 FAST = settings(derandomize=True, deadline=None, max_examples=60)
 OPENING = "A tired bear came to the cave and could not find a drum. By the hill a mouse sat mending a net."
 HOSTILE = [
@@ -86,7 +86,7 @@ def make_row(
     story = make_story(rng, int(target * ratio), hostile)
     verdict, words = (
         make_verdict(rng, level, HOSTILE[0] if hostile else OPENING[:60]),
-        judge.word_count(story),
+        word_count(story),
     )
     parts = {
         "total": 0.0,
@@ -261,7 +261,7 @@ def test_the_published_columns_give_the_published_total():
             for _ in range(30)
         ]
         *buckets, everything = length_table(records)
-        assert [row["bucket"] for row in buckets] == list(evaluation.BUCKETS)
+        assert [row["bucket"] for row in buckets] == list(BUCKETS)
         assert 100 * everything["sq"] == pytest.approx(all_quality, abs=0.06)
         assert everything["length_ratio"] == pytest.approx(all_ratio, abs=0.006)
 
@@ -296,7 +296,7 @@ def test_table_is_its_definition(records):
         assert row["length_error"] == pytest.approx(np.abs(ratios - 1).mean())
         assert row["sq"] == (pytest.approx(np.mean(scores)) if scores else None)
         if scores and row is not everything:
-            xs.append(list(evaluation.BUCKETS).index(row["bucket"]))
+            xs.append(list(BUCKETS).index(row["bucket"]))
             ys.append(np.mean(scores))
     expected = np.polyfit(xs, ys, 1)[0] if len(xs) > 1 else None
     assert everything["slope"] == (None if expected is None else pytest.approx(expected, abs=1e-9))
@@ -342,10 +342,9 @@ def world(tmp_path_factory):
 
 
 def tell(world: Path, out: Path, seed: int = 7) -> list[dict]:
+    writer = Writer(str(world / "model"), thinking=False)
     sampling = Sampling(max_new_tokens=24)
-    return evaluation.stories(
-        str(world / "model"), str(world / "prompts.jsonl"), str(out), sampling, False, seed, rows=1
-    )
+    return stories(writer, str(world / "prompts.jsonl"), str(out), sampling, seed, rows=1)
 
 
 def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
@@ -354,7 +353,7 @@ def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
         json.loads(line)["uid"] for line in open(world / "prompts.jsonl")
     ]
     for r in records:
-        assert r["words"] == judge.word_count(r["story"]) and 0 < r["tokens"] <= 24
+        assert r["words"] == word_count(r["story"]) and 0 < r["tokens"] <= 24
         assert r["finished"] or r["tokens"] == 24
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -478,8 +477,9 @@ def check_safe(page: Page) -> None:
     assert "default-src 'none'" in page.source
 
 
-def visible(hostile: str) -> str:
-    return html.unescape(text(hostile))
+def text(value: str) -> str:
+    """A value as the pages' templates write it."""
+    return PAGES.from_string("{{ value }}").render(value=value)
 
 
 def test_hostile_stories_are_only_text(tmp_path):
@@ -629,9 +629,10 @@ NUMBERS = st.none() | st.just(math.nan) | st.floats(-1e9, 1e9)
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40), st.integers(1, 500))
 def test_charts_stay_inside_their_frame(values, start):
     rows = [{"step": start + i, "a": a, "b": b} for i, (a, b) in enumerate(values)]
-    drawn = chart("A", "unit", rows, {"a": "a", "b": "b"})
+    parts = PAGES.get_template("parts.html").module
+    drawn = str(parts.figure("A", "unit", rows, {"a": "a", "b": "b"}))
     points = [(float(x), float(y)) for x, y in re.findall(r"circle cx=(\S+) cy=(\S+) ", drawn)]
-    for path in re.findall("<path d='([^']*)' class='curve", drawn):
+    for path in re.findall("<path d=\"([^\"]*)\" class=\"curve", drawn):
         points += [(float(x), float(y)) for x, y in re.findall(r"[ML](\S+) ([^ML]+)", path)]
     assert all(43.9 <= x <= 350.1 and 21.9 <= y <= 174.1 for x, y in points)
     assert drawn.count("class=hover") == len(rows)
@@ -662,7 +663,7 @@ def test_command_line(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "report.html"))
     failed = run_eval("report", str(tmp_path))
     assert (
-        failed.returncode == 1
+        failed.returncode == 2
         and failed.stderr.startswith("eval.py: ")
         and "Traceback" not in failed.stderr
     )
