@@ -5,9 +5,9 @@
     python eval.py score stories.jsonl --judge-url https://HOST/v1 --judge-model NAME
     python eval.py report RUN
 
-`score` prints Story Quality in points (SQ x 100) and length by requested words (evals/length.py).
-A story that the judge failed on is counted and never scored 0. A story of no words is not sent to
-the judge: nothing is on the page, SQ = 0, as in training.
+`score` prints Story Quality in points (SQ x 100) by requested length (evals/length.py). A story
+that the judge failed on is counted and never scored 0. One of no words is not sent to the judge:
+nothing is on the page, SQ = 0, as in training.
 
 Exit status: 0 done; 2 settings or input; 3 the judge failed, or judged under 95% of the stories;
 4 interrupted: `stories` and `score` go on where they stopped.
@@ -26,38 +26,28 @@ from evals.report import report, show
 from judge import Judge
 from rundir import RecordError, read_jsonl, write_jsonl
 
-ENOUGH = 0.95  # share of the stories that must be judged
 SAMPLING = {  # the defaults of rollout.Sampling, and room for thinking and 12,000 words
-    "temperature": (1.0, "0: the likeliest token"),
-    "top_p": (0.95, "1: off"),
-    "top_k": (20, "0: off"),
-    "repetition_penalty": (1.1, "1: off"),
-    "max_new_tokens": (32768, "thinking included"),
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 20,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 32768,
 }
-
-
-def read_stories(path: Path) -> list[dict]:
-    """The records that `stories` wrote. RecordError for a file that cannot be scored."""
-    if not path.is_file():
-        raise RecordError(f"{path}: there is no such file; write it with `python eval.py stories`")
-    records, partial = read_jsonl(path, "prompt target_words story words")
-    if not records or partial:
-        problem = "its last line is half-written" if partial else "it holds no story"
-        raise RecordError(f"{path}: {problem}; complete it with `python eval.py stories`")
-    for number, record in enumerate(records, 1):
-        target = record["target_words"]
-        if not isinstance(target, int) or target < 1:
-            raise RecordError(f"{path}:{number}: target_words is {target!r}, not a number above 0")
-    return records
 
 
 def score(path: Path, client: Judge) -> list[dict]:
     """Judge the stories of a file and print the length table.
 
-    Writes and returns its records with "sq", "length_ratio" and "verdict" added. Raises ChatStop
-    when the judge cannot be used; the answers by then are in the client's cache.
+    Writes and returns its records with "sq", "length_ratio" and "verdict" added. RecordError for a
+    file that `stories` did not complete. ChatStop when the judge cannot be used; what it answered
+    by then is in the client's cache.
     """
-    records = read_stories(path)
+    records, partial = read_jsonl(path, "prompt target_words story words")
+    if not records or partial:
+        problem = "its last line is half-written" if partial else "it holds no story"
+        raise RecordError(f"{path}: {problem}; complete it with `python eval.py stories`")
+    if not all(record["target_words"] for record in records):
+        raise RecordError(f"{path}: target_words is 0; write the length that was asked for")
     futures = [client.submit(r["prompt"], r["story"]) if r["words"] else None for r in records]
     for record, future in zip(tqdm(records, unit="story"), futures, strict=True):
         verdict = future.result() if future else None
@@ -74,8 +64,7 @@ def score(path: Path, client: Judge) -> list[dict]:
     for row in [*buckets, *columns, everything]:
         sizes = f"{row['bucket']:>9} {row['n']:>8} {row['judged']:>7}"
         print(f"{sizes} {show(row['sq'], 1, 100):>6} {show(row['length_ratio']):>13}")
-    print(f"slope {show(everything['slope'], 1, 100)} points per bucket")
-    print(f"verdicts: {verdicts}")
+    print(f"slope {show(everything['slope'], 1, 100)} points per bucket\nverdicts: {verdicts}")
     return records
 
 
@@ -84,14 +73,10 @@ def score_command(args: argparse.Namespace) -> int:
     if not options.url or not options.model:
         raise ValueError("score needs --judge-url and --judge-model")
     path = Path(args.stories)
-    client = Judge(
-        options.url,
-        options.model,
-        api_key(options.key_env, options.url),
-        concurrency=options.concurrency,
-        cache=path.with_suffix(".judge.sqlite"),
-        **options.settings,
-    )
+    key = api_key(options.key_env, options.url)
+    more = {"concurrency": options.concurrency, **options.settings}
+    cache = path.with_suffix(".judge.sqlite")
+    client = Judge(options.url, options.model, key, cache=cache, **more)
     try:
         records = score(path, client)
     finally:
@@ -99,7 +84,7 @@ def score_command(args: argparse.Namespace) -> int:
     bill = client.stats()
     judged = len([record for record in records if record["sq"] is not None])
     print(f"judged {judged}/{len(records)}: {bill['calls']} calls, ${bill['dollars']:.2f}")
-    return 0 if judged >= ENOUGH * len(records) else 3
+    return 0 if judged >= 0.95 * len(records) else 3
 
 
 def write_command(args: argparse.Namespace) -> int:
@@ -115,22 +100,17 @@ def write_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def report_command(args: argparse.Namespace) -> int:
-    print(report(args.folder))
-    return 0
-
-
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     model = "folder or name of a Hugging Face causal language model"
 
     story = commands.add_parser("story", help="one story on the terminal, as it is generated")
-    story.add_argument("model", help=model)
-    story.add_argument("prompt", help="what to write; end with: The story should be N words long.")
-    story.add_argument("--hide-thinking", action="store_true", help="print the story only")
+    add = story.add_argument
+    add("model", help=model)
+    add("prompt", help="what to write, with a sentence like: The story should be 900 words long.")
+    add("--hide-thinking", action="store_true", help="print the story only")
 
     stories = commands.add_parser("stories", help="one story per prompt; run again, it goes on")
     add = stories.add_argument
@@ -141,29 +121,28 @@ def command_line() -> argparse.ArgumentParser:
 
     derived = "[as the run trained it, else as the chat template allows]"
     for command in (story, stories):
-        command.set_defaults(run=write_command)
         add = command.add_argument
         add("--thinking", action=argparse.BooleanOptionalAction, help=derived)
-        add("--seed", type=int, default=3479, help="[3479]")
-        for name, (default, text) in SAMPLING.items():
+        for name, default in {"seed": 3479, **SAMPLING}.items():
             flag = "--" + name.replace("_", "-")
-            add(flag, type=type(default), default=default, help=f"{text} [{default}]")
+            add(flag, type=type(default), default=default, help=f"[{default}]")
 
     scores = commands.add_parser("score", help="Story Quality and length by requested length")
-    scores.set_defaults(run=score_command)
     scores.add_argument("stories", help="JSONL that `stories` wrote")
     add_options(scores, "judge", ChatOptions(key_env="JUDGE_API_KEY"))
 
     page = commands.add_parser("report", help="one self-contained HTML page of a training run")
-    page.set_defaults(run=report_command)
-    page.add_argument("folder", help="what polaris.py wrote")
+    page.add_argument("run", help="folder that polaris.py wrote")
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = command_line().parse_args(argv)
     try:
-        return args.run(args)
+        if args.command == "report":
+            print(report(args.run))
+            return 0
+        return score_command(args) if args.command == "score" else write_command(args)
     except (ValueError, OSError, FloatingPointError, ChatStop) as error:
         # what the caller can mend, in one line; all else shows its traceback
         print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,12 +3,9 @@
     length ratio = mean of words / T        length error = mean of |words / T - 1|
     slope = sum_b (b - mean b) (SQ_b - mean SQ) / sum_b (b - mean b)^2
 
-SQ_b is the mean Story Quality of bucket b = 0..5, so that every bucket counts alike in the slope;
-an empty one leaves a gap. "all" is the mean over stories. A story without a verdict is counted in
-"n" and left out of the means.
-
-The paper does not define its columns. Its totals fit if 1-4k, 4-8k and 8-12k hold three, two and
-one equally filled buckets; the edges inside a column are our choice.
+SQ_b is the mean Story Quality of bucket b = 0..5, so that every bucket counts alike; an empty one
+leaves a gap. "all" is the mean over stories. The paper does not define its columns. Its totals fit
+if 1-4k, 4-8k and 8-12k hold three, two and one equal buckets; the edges inside are our choice.
 """
 
 from collections.abc import Collection
@@ -49,10 +46,8 @@ def slope(buckets: Collection[dict]) -> float | None:
 def length_table(records: list[dict]) -> list[dict]:
     """One row per length bucket, shortest first, then a row "all" that also holds the "slope".
 
-    records: {"words", "target_words" > 0, "sq" (None: no verdict)} and, where known, "reward",
-        "finished", and "bucket", in place of the paper's. A length outside those is in "all" only.
-    rows: {"bucket", "n", "judged", "reward", "sq", "finished", "length_error", "length_ratio"};
-        None where a number is unknown.
+    records: {"words", "target_words" > 0, "sq" (None: no verdict, left out of the mean)} and, where
+    known, "reward", "finished", and a "bucket" in place of the paper's. None: unknown.
     """
     buckets: dict[str, list[dict]] = {}
     for record in sorted(records, key=lambda record: record["target_words"]):

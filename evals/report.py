@@ -1,7 +1,6 @@
-"""The report of a training run: one self-contained HTML page.
+"""The report of a training run: one self-contained HTML page, by report.html and parts.html.
 
-Here numbers become text and points; the markup is in report.html and parts.html (Jinja2). What a
-policy or a judge wrote stays text: every value passes `visible`, then the templates' escaping.
+What a policy or a judge wrote stays text: every value passes `visible`, then Jinja2's escaping.
 """
 
 import json
@@ -116,36 +115,8 @@ PAGES.globals |= {"show": show, "chart": chart, "slope": slope, "rubric": RUBRIC
 PAGES.filters["paragraphs"] = lambda story: re.split(r"\n\s*\n", story.strip())
 
 
-def gallery(read: Callable[..., list[dict]], steps: list[int]) -> dict:
-    """Stories before and after: each bucket's first two prompts, or else the first rollouts."""
-    if rows := read("eval_stories.jsonl"):
-        ends = (rows[0]["label"], rows[-1]["label"])
-        buckets: dict[str, dict[str, list[dict]]] = {}
-        for row in rows:
-            if row["label"] in ends:
-                buckets.setdefault(row["bucket"], {}).setdefault(row["uid"], []).append(row)
-        pairs = [pair for prompts in buckets.values() for pair in [*prompts.values()][:2]]
-        note = "The first two prompts of every length bucket, in the order of the file."
-    else:
-        ends = sorted({*steps[:1], *steps[-1:]})
-        rows = read("rollouts.jsonl", lambda row: row["step"] in ends and not row["anchor"])
-        columns = [[row for row in rows if row["step"] == step][:4] for step in ends]
-        pairs = [*zip(*columns, strict=False)]
-        note = "There are no evaluation stories: the first rollouts of the first and the last step."
-    return {"note": note, "pairs": pairs}
-
-
-def report(run_dir: str | Path) -> Path:
-    """Write RUN_DIR/report.html, a page without scripts that loads nothing; returns its path.
-
-    Only config.json must be there; the page says what else is missing, or ends in the half-written
-    line of a killed run. RecordError for a folder that is no run, or a line broken elsewhere.
-    """
-    run = Path(run_dir)
-    if not (run / "config.json").exists():
-        raise RecordError(f"{run}: holds no config.json; give the folder that polaris.py wrote")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    notes = []
+def reader(run: Path, notes: list[str]) -> Callable[..., list[dict]]:
+    """A function that reads a file of a run; `notes` gets what is missing from it."""
 
     def read(name: str, keep: Callable[[dict], bool] = lambda record: True) -> list[dict]:
         if not (run / name).exists():
@@ -157,13 +128,45 @@ def report(run_dir: str | Path) -> Path:
             notes.append(f"{cut}; that line is left out.")
         return records
 
+    return read
+
+
+def gallery(rows: list[dict]) -> list[list[dict]]:
+    """First and last story on each bucket's first two prompts, from rows of eval_stories.jsonl."""
+    ends = [row["label"] for row in rows[:1] + rows[-1:]]
+    buckets: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["label"] in ends:
+            buckets.setdefault(row["bucket"], {}).setdefault(row["uid"], []).append(row)
+    return [pair for prompts in buckets.values() for pair in [*prompts.values()][:2]]
+
+
+def report(run_dir: str | Path) -> Path:
+    """Write RUN_DIR/report.html, a page without scripts that loads nothing; returns its path.
+
+    Only config.json must be there; the page says what else is missing, or ends in the half-written
+    line of a killed run. RecordError for a folder that is no run, or a line broken elsewhere.
+    """
+    run = Path(run_dir)
+    notes: list[str] = []
+    read = reader(run, notes)
+    if not (run / "config.json").exists():
+        raise RecordError(f"{run}: holds no config.json; give the folder that polaris.py wrote")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     metrics = read("metrics.jsonl")
     evals = read("evals.jsonl")
     labels = [row["label"] for row in evals]
     ends = [labels[0], labels[-1]] if labels else []
     if len(set(ends)) == 1:
         ends[1] = "no later evaluation"
-    stories = gallery(read, [line["step"] for line in metrics])
+    pairs = gallery(read("eval_stories.jsonl"))
+    choice = "The first two prompts of every length bucket, in the order of the file."
+    if not pairs:
+        choice = "There are no evaluation stories: rollouts of the first and the last step instead."
+        shown = sorted({line["step"] for line in metrics[:1] + metrics[-1:]})
+        rows = read("rollouts.jsonl", lambda row: row["step"] in shown and not row["anchor"])
+        columns = [[row for row in rows if row["step"] == step][:4] for step in shown]
+        pairs = [*zip(*columns, strict=False)]
     if len(metrics) < (config.get("steps") or 0):
         recorded = f"{len(metrics)} of {config['steps']} steps are recorded"
         notes.append(f"{recorded}: the run was stopped, or still goes on.")
@@ -179,49 +182,39 @@ def report(run_dir: str | Path) -> Path:
         metrics=metrics,
         times=[line["time"] | {"step": line["step"]} for line in metrics],
         parts={part.replace("_", " "): part for part in parts},
-        stories=stories,
+        pairs=pairs,
+        choice=choice,
         config=config,
     )
     write(run / "report.html", page)
     return run / "report.html"
 
 
-SUMMARY = {
-    "reward": "reward",
-    "sq": "story quality",
-    "length_error": "length error",
-    "length_ratio": "words / asked",
-}
-
-
 def print_summary(run_dir: str | Path) -> None:
     """A finished run on the terminal: before and after, two stories of each, the bill, files."""
     run = Path(run_dir)
-    names = ("evals.jsonl", "eval_stories.jsonl", "metrics.jsonl")
-    evals, told, metrics = (
-        read_jsonl(run / name)[0] if (run / name).exists() else [] for name in names
-    )
-    ends = ("before", "after")
+    read = reader(run, [])
+    evals = [row for row in read("evals.jsonl") if row["label"] in ("before", "after")]
     if evals:
-        print(f"\n{'before -> after':26}" + "".join(f"{name:>18}" for name in SUMMARY.values()))
-    for bucket in dict.fromkeys(line["bucket"] for line in evals):
-        lines = [line for line in evals if line["bucket"] == bucket and line["label"] in ends]
-        row = f"{bucket + ' the trained length':26}"
-        for field in SUMMARY:
-            values = [line[field] for line in lines]
+        columns = ("reward", "story quality", "length error", "words / asked")
+        print(f"\n{'before -> after':26}" + "".join(f"{name:>18}" for name in columns))
+    for bucket in dict.fromkeys(row["bucket"] for row in evals):
+        line = f"{bucket + ' the trained length':26}"
+        for field in ("reward", "sq", "length_error", "length_ratio"):
+            values = [row[field] for row in evals if row["bucket"] == bucket]
             shown = ["none" if value is None else f"{value:.2f}" for value in values]
-            row += f"{' -> '.join(shown):>18}"
-        print(row)
-    for uid in list(dict.fromkeys(row["uid"] for row in told if row["bucket"] == "1x"))[:2]:
-        pair = [row for row in told if row["uid"] == uid and row["label"] in ends]
+            line += f"{' -> '.join(shown):>18}"
+        print(line)
+    trained_length = [row for row in read("eval_stories.jsonl") if row["bucket"] == "1x"]
+    for pair in gallery(trained_length):
         print(f"\n{pair[0]['prompt']}")
         for row in pair:
             print(f"  {row['label']}, {row['words']} words: {row['story'].strip()}")
+    metrics = read("metrics.jsonl")
     bill = metrics[-1]["judge"]
-    print(
-        f"\n{len(metrics)} steps; judge: {bill['calls']} calls, {bill['cached']} answers from the "
-        f"cache, {bill['failures']} failures, ${bill['dollars']:.2f}"
-    )
+    calls = f"{bill['calls']} calls, {bill['cached']} answers from the cache"
+    failures = f"{bill['failures']} failures, ${bill['dollars']:.2f}"
+    print(f"\n{len(metrics)} steps; judge: {calls}, {failures}")
     for name, what in {
         "report.html": "curves, stories and verdicts: open it in a browser",
         "model": "the trained model, for AutoModelForCausalLM.from_pretrained",

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -27,47 +27,43 @@ from rundir import RecordError, append, read_jsonl, write_jsonl
 UNSETTLED = re.compile(r"(\ufffd+|</?t?h?i?n?k?>?)\Z")  # half a character, half a mark
 
 
-def thinks(model: str, tokenizer, asked: bool | None) -> bool:
-    """As asked, else as the run trained it, else whether the chat template can think."""
+def thinks(model: str, tokenizer: Any) -> bool:
+    """Whether to let a model think: as the run trained it, else if its chat template can."""
+    run = Path(model).parent / "config.json"  # RUN/model was trained as RUN/config.json says
+    if run.is_file() and "thinking" in (config := json.loads(run.read_text(encoding="utf-8"))):
+        return config["thinking"]
     on = data.render_prompt(tokenizer, "?", thinking=True)
     off = data.render_prompt(tokenizer, "?", thinking=False)
-    possible = {
-        True: on != off or on.rstrip().endswith("<think>"),
-        False: not off.rstrip().endswith("<think>"),
-    }
-    if asked is None:
-        run = Path(model).parent / "config.json"  # RUN/model was trained by RUN/config.json
-        trained = json.loads(run.read_text()).get("thinking") if run.is_file() else None
-        return possible[True] if trained is None else trained
-    if not possible[asked]:
-        raise ValueError(f"{model}: its chat template cannot do {asked=}")
-    return asked
+    return on != off or on.rstrip().endswith("<think>")
 
 
 class Writer:
     """A model that is asked as its chat template wants it; loaded when it first writes."""
 
-    def __init__(self, model: str, thinking: bool | None):
+    def __init__(self, model: str, thinking: bool | None = None):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.model = model
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model}: its tokenizer has no chat template; give a chat model")
-        self.thinking = thinks(model, self.tokenizer, thinking)
+        self.thinking = thinks(model, self.tokenizer) if thinking is None else thinking
 
     @cached_property
-    def lm(self) -> torch.nn.Module:
+    def lm(self) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).to(device)
+        lm: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        return lm.to(device)
 
-    def write(self, prompts: dict[str, str], sampling: Sampling, seed: int, **more) -> list[Rollout]:
+    def write(
+        self, prompts: dict[str, str], sampling: Sampling, seed: int, **more: Any
+    ) -> list[Rollout]:
         """One response per {uid: prompt}; more: arguments of rollout.generate."""
         ids = [data.encode_prompt(self.tokenizer, p, self.thinking) for p in prompts.values()]
         seeds = [row_seed(seed, 0, uid, 0) for uid in prompts]
-        also = self.lm.generation_config.eos_token_id
-        eos = {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
+        also = self.lm.generation_config.eos_token_id or []
+        eos = {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also)}
         return generate(self.lm, ids, seeds, sampling, eos, **more)
 
     def read(self, rollout: Rollout) -> tuple[str, str]:
@@ -83,37 +79,37 @@ def put(text: str, stream: TextIO, dim: bool = False) -> None:
     print(text, end="", file=stream, flush=True)
 
 
-def story(writer: Writer, prompt: str, sampling: Sampling, seed: int, show_thinking: bool) -> str:
-    """Print a story as it is generated, and return it. Thinking and facts go to stderr."""
+def story(writer: Writer, prompt: str, sampling: Sampling, seed: int, show_thinking: bool) -> None:
+    """Print a story as it is generated; thinking and facts go to stderr."""
     shown = ("", "")
 
-    def show(parts: tuple[str, str]) -> None:
+    def show(thinking: str, text: str) -> None:
         nonlocal shown
         if show_thinking:
-            put(parts[0][len(shown[0]) :], sys.stderr, dim=True)
-            put("\n\n" if parts[0] and parts[1] and not shown[1] else "", sys.stderr)
-        put(parts[1][len(shown[1]) :], sys.stdout)
-        shown = parts
+            put(thinking[len(shown[0]) :], sys.stderr, dim=True)
+            if thinking and text and not shown[1]:
+                put("\n\n", sys.stderr)
+        put(text[len(shown[1]) :], sys.stdout)
+        shown = (thinking, text)
 
     def on_tokens(rollout: Rollout, new: list[int]) -> None:
-        thinking, text = writer.read(rollout)  # all of it again: tokens are not characters
-        show((UNSETTLED.sub("", thinking), UNSETTLED.sub("", text)))
+        parts = writer.read(rollout)  # from the start: one token is no character
+        show(*(UNSETTLED.sub("", part) for part in parts))
 
     device = writer.lm.device  # loaded before the clock starts
     begin = time.perf_counter()
     [rollout] = writer.write({"": prompt}, sampling, seed, on_tokens=on_tokens)
-    seconds = time.perf_counter() - begin
-    show(writer.read(rollout))
+    speed = len(rollout.ids) / (time.perf_counter() - begin)
+    show(*writer.read(rollout))
     asked = requested_words(prompt)
-    facts = f"{word_count(shown[1])} words{f' of {asked} requested' if asked else ''}; "
-    facts += f"{len(rollout.ids) / seconds:.0f} tokens/s ({device})"
+    facts = f"{word_count(shown[1])} words" + (f" of {asked} requested" if asked else "")
+    facts += f", {speed:.0f} tokens/s on {device}"
     if not rollout.finished:
-        facts += f"; cut off after {len(rollout.ids)} tokens"
+        facts += f", cut off after {len(rollout.ids)} tokens"
     if writer.thinking and not shown[1]:
-        facts += "; all of it is thinking: --no-thinking?"
+        facts += ": it only thought, try --no-thinking"
     put("\n", sys.stdout)
     put(f"{facts}\n", sys.stderr, dim=True)
-    return shown[1]
 
 
 def stories(
@@ -121,25 +117,24 @@ def stories(
 ) -> list[dict]:
     """One story per prompt, appended to `out` as each ends; run again, it writes the missing ones.
 
-    At the end the file is in the order of the prompts. rows: stories written at a time. Raises
-    DataError for the prompts, RecordError if `out` holds other stories than these.
+    At the end the file is in the order of the prompts. rows: stories at a time. Raises DataError
+    for the prompts, RecordError if `out` holds other stories than these.
     """
     path = Path(out)
     examples = {example.uid: example for example in data.load(prompts, anchors=False)}
-    asked = {uid: example.prompt for uid, example in examples.items()}
     settings = {"model": writer.model, "thinking": writer.thinking, "seed": seed}
     settings |= asdict(sampling)
     found = read_jsonl(path, "uid prompt settings")[0] if path.exists() else []
-    for record in found:
-        uid = record["uid"]
-        if record["prompt"] != asked.get(uid) or record["settings"] != settings:
+    done = {record["uid"]: record for record in found}
+    for uid, record in done.items():
+        same = uid in examples and examples[uid].prompt == record["prompt"]
+        if not same or record["settings"] != settings:
             raise RecordError(
                 f"{out}: story {uid!r} comes from another prompt file, model, seed or sampling; "
                 "give another --out, or the same arguments to go on"
             )
-    done = {record["uid"]: record for record in found}
-    missing = {uid: prompt for uid, prompt in asked.items() if uid not in done}
-    uids = [*missing]
+    missing = {uid: example.prompt for uid, example in examples.items() if uid not in done}
+    waiting = [examples[uid] for uid in missing]
     tokens = 0
 
     def on_tokens(rollout: Rollout, new: list[int]) -> None:
@@ -149,7 +144,7 @@ def stories(
         bar.update(0)
 
     def on_finish(rollout: Rollout) -> None:
-        example = examples[uids[rollout.row]]
+        example = waiting[rollout.row]
         thinking, text = writer.read(rollout)
         done[example.uid] = {
             "uid": example.uid,
@@ -165,13 +160,13 @@ def stories(
         append(path, done[example.uid])
         bar.update()
 
-    write_jsonl(path, found)  # without a half-written last line
+    write_jsonl(path, [*done.values()])  # without a half-written last line
     if missing:
         print(kernels(writer.lm))
         # miniters=0: redrawn by time, also between two stories
-        with tqdm(total=len(asked), initial=len(done), unit="story", miniters=0) as bar:
+        with tqdm(total=len(examples), initial=len(done), unit="story", miniters=0) as bar:
             hooks = {"on_finish": on_finish, "on_tokens": on_tokens}
             writer.write(missing, sampling, seed, max_rows=rows, **hooks)
-    records = [done[uid] for uid in asked]
+    records = [done[uid] for uid in examples]
     write_jsonl(path, records)
     return records
