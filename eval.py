@@ -5,12 +5,11 @@
     python eval.py score stories.jsonl --judge-url https://HOST/v1 --judge-model NAME
     python eval.py report RUN
 
-`score` prints Story Quality in points (SQ x 100) by requested length (evals/length.py). A story
-that the judge failed on is counted and never scored 0. One of no words is not sent to the judge:
-nothing is on the page, SQ = 0, as in training.
+Quality is in points (SQ x 100). A story that the judge failed on is counted, never scored 0.
+One of no words is not sent: nothing is on the page, SQ = 0, as in training.
 
-Exit status: 0 done; 2 settings or input; 3 the judge failed, or judged under 95% of the stories;
-4 interrupted: `stories` and `score` go on where they stopped.
+Exit status: 0 done; 2 settings or input; 3 the judge failed, or judged under 95% of the
+stories; 4 interrupted, `stories` and `score` go on where they stopped.
 """
 
 import argparse
@@ -36,11 +35,10 @@ SAMPLING = {  # the defaults of rollout.Sampling, and room for thinking and 12,0
 
 
 def score(path: Path, client: Judge) -> list[dict]:
-    """Judge the stories of a file and print the length table.
+    """Judge the stories of a file and print the length table (evals/length.py).
 
-    Writes and returns its records with "sq", "length_ratio" and "verdict" added. RecordError for a
-    file that `stories` did not complete. ChatStop when the judge cannot be used; what it answered
-    by then is in the client's cache.
+    Writes and returns its records with "sq", "length_ratio" and "verdict" added. RecordError
+    for a broken file. ChatStop when the judge cannot be used; its answers so far are cached.
     """
     records, partial = read_jsonl(path, "prompt target_words story words")
     if not records or partial:

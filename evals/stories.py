@@ -44,6 +44,8 @@ class Writer:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.model = model
+        if not Path(model).is_dir() and (Path(model).is_absolute() or model.count("/") > 1):
+            raise ValueError(f"{model}: there is no such folder; give a model that was trained")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model}: its tokenizer has no chat template; give a chat model")
@@ -133,8 +135,7 @@ def stories(
                 f"{out}: story {uid!r} comes from another prompt file, model, seed or sampling; "
                 "give another --out, or the same arguments to go on"
             )
-    missing = {uid: example.prompt for uid, example in examples.items() if uid not in done}
-    waiting = [examples[uid] for uid in missing]
+    waiting = [example for uid, example in examples.items() if uid not in done]
     tokens = 0
 
     def on_tokens(rollout: Rollout, new: list[int]) -> None:
@@ -161,11 +162,12 @@ def stories(
         bar.update()
 
     write_jsonl(path, [*done.values()])  # without a half-written last line
-    if missing:
+    if waiting:
+        missing = {example.uid: example.prompt for example in waiting}
         print(kernels(writer.lm))
         # miniters=0: redrawn by time, also between two stories
         with tqdm(total=len(examples), initial=len(done), unit="story", miniters=0) as bar:
-            hooks = {"on_finish": on_finish, "on_tokens": on_tokens}
+            hooks = dict(on_finish=on_finish, on_tokens=on_tokens)
             writer.write(missing, sampling, seed, max_rows=rows, **hooks)
     records = [done[uid] for uid in examples]
     write_jsonl(path, records)

@@ -6,7 +6,6 @@ import html
 import io
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -384,10 +383,9 @@ def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
         write_stories(world, killed, seed=8)
 
 
-def run_eval(*args: str, key: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "eval.py", *map(str, args)]
-    environment = {**os.environ, "JUDGE_API_KEY": key}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def run_eval(*args: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "eval.py", *args]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_one_story_on_the_command_line(world):
@@ -802,7 +800,7 @@ def test_command_line(tmp_path):
     )  # reports start at once
 
 
-def test_scoring_ends_with_what_happened(tmp_path):
+def test_scoring_ends_with_what_happened(tmp_path, capsys):
     """0: judged; 2: nothing was asked; 3: the judge failed, or judged too little."""
     rows = [make_row(random.Random(i), 0.5, 1500, 1.0) for i in range(4)]
     file = tmp_path / "s.jsonl"
@@ -813,24 +811,26 @@ def test_scoring_ends_with_what_happened(tmp_path):
             cache.unlink()
         process, url = judge.start_stand_in(faults=faults)
         try:
-            done = run_eval("score", file, "--judge-url", url, *judge_options)
+            ended = evaluation.main(["score", str(file), "--judge-url", url, *judge_options])
         finally:
             process.stdin.close()
             process.wait(10)
-        assert done.returncode == status and "Traceback" not in done.stderr
+        assert ended == status
+        shown = capsys.readouterr().out
         if faults != "404:1":
-            assert f"judged {0 if faults else 4}/4: 4 calls, $" in done.stdout
-            assert ("$0.00" in done.stdout) == bool(faults)  # a price that reached the client
+            assert f"judged {0 if faults else 4}/4: 4 calls, $" in shown
+            assert ("$0.00" in shown) == bool(faults)  # a price that reached the client
     url = ("--judge-url", "http://127.0.0.1:9/v1")
     write(tmp_path / "zero.jsonl", [rows[0] | {"target_words": 0}])
     refused = {
-        ("score", file): "give|needs --judge-url and --judge-model",
+        ("score", file): "needs --judge-url and --judge-model",
         ("score", tmp_path / "none.jsonl", *url, *judge_options): "none.jsonl",
         ("score", tmp_path / "zero.jsonl", *url, *judge_options): "target_words is 0",
         ("score", file, *url, *judge_options, "--judge-extra", "[]"): "extra",
+        ("story", tmp_path / "none", "A fable"): "none: there is no such folder",
         ("stories", "--model", tmp_path, "--prompts", "p", "--out", "o"): "",
     }
     for command, message in refused.items():
-        done = run_eval(*command)
-        assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
-        assert "Traceback" not in done.stderr and done.stderr.startswith("eval.py: ")
+        assert evaluation.main([*map(str, command)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("eval.py: ") and message in line
