@@ -15,6 +15,7 @@ stories; 4 interrupted, `stories` and `score` go on where they stopped.
 import argparse
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -86,14 +87,13 @@ def score_command(args: argparse.Namespace) -> int:
 
 
 def write_command(args: argparse.Namespace) -> int:
-    from evals.stories import Sampling, Writer, stories, story  # PyTorch: only where it is needed
-
-    writer = Writer(args.model, args.thinking)
-    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    room = import_module("evals.stories")  # loads PyTorch, which the other commands do without
+    writer = room.Writer(args.model, args.thinking)
+    sampling = room.Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if args.command == "story":
-        story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
+        room.story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
     else:
-        written = stories(writer, args.prompts, args.out, sampling, args.seed, args.rows)
+        written = room.stories(writer, args.prompts, args.out, sampling, args.seed, args.rows)
         print(f"{len(written)} stories: {args.out}")
     return 0
 
