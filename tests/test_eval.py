@@ -1,13 +1,18 @@
-"""eval.py: the length table against its definition, stories and scores with real parts, reports of hostile runs."""
+"""eval.py: the length table against its definition, stories and scores with real parts, reports of
+hostile runs."""
 
+import contextlib
 import html
+import io
 import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,19 +21,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval as evaluation  # noqa: E402
-import judge  # noqa: E402
-import mini.world as mini  # noqa: E402
-from evals.length import length_bucket, length_table, slope
-from evals.report import chart, report, text, ticks
-from rollout import Sampling  # noqa: E402
+import data
+import eval as evaluation
+import judge
+from evals import stories as writing
+from evals.length import BUCKETS, length_bucket, length_table, slope
+from evals.report import PAGES, report, ticks, visible
+from evals.stories import Writer, stories
+from mini import world as mini
+from reward import requested_words, word_count
+from rollout import Rollout, Sampling
 from rundir import RecordError, read_jsonl
 
+ROOT = Path(__file__).parents[1]
 FAST = settings(derandomize=True, deadline=None, max_examples=60)
-OPENING = "A tired bear came to the cave and could not find a drum. By the hill a mouse sat mending a net."
+OPENING = (
+    "A tired bear came to the cave and could not find a drum. "
+    "By the hill a mouse sat mending a net."
+)
 HOSTILE = [
     "<script>document.title='pwned'</script>",
     "<img src=x onerror=alert(1)> </article></div></style><!-- ",
@@ -41,7 +51,7 @@ HOSTILE = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------- a synthetic run
+# ---------------------------------------------------------------------------------- a synthetic run
 
 
 def make_verdict(rng: random.Random, level: float, quote: str) -> dict:
@@ -86,7 +96,7 @@ def make_row(
     story = make_story(rng, int(target * ratio), hostile)
     verdict, words = (
         make_verdict(rng, level, HOSTILE[0] if hostile else OPENING[:60]),
-        judge.word_count(story),
+        word_count(story),
     )
     parts = {
         "total": 0.0,
@@ -227,7 +237,7 @@ def write(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-# ------------------------------------------------------------------------------------------------------ length table
+# ------------------------------------------------------------------------------------- length table
 
 
 def record(target: int, words: int, sq: float | None) -> dict:
@@ -249,7 +259,7 @@ def test_bucket_edges():
 
 
 def test_the_published_columns_give_the_published_total():
-    """30 stories in each of six buckets with the paper's column means: "all" comes out as the paper prints it."""
+    """30 stories in each of six buckets with the paper's column means: "all" is as printed."""
     columns = {1500: 0, 2500: 0, 3500: 0, 5000: 1, 7000: 1, 10000: 2}
     for quality, ratio, all_quality, all_ratio in [
         ((57.4, 48.2, 44.1), (0.99, 0.87, 0.72), 52.1, 0.90),
@@ -261,7 +271,7 @@ def test_the_published_columns_give_the_published_total():
             for _ in range(30)
         ]
         *buckets, everything = length_table(records)
-        assert [row["bucket"] for row in buckets] == list(evaluation.BUCKETS)
+        assert [row["bucket"] for row in buckets] == list(BUCKETS)
         assert 100 * everything["sq"] == pytest.approx(all_quality, abs=0.06)
         assert everything["length_ratio"] == pytest.approx(all_ratio, abs=0.006)
 
@@ -296,7 +306,7 @@ def test_table_is_its_definition(records):
         assert row["length_error"] == pytest.approx(np.abs(ratios - 1).mean())
         assert row["sq"] == (pytest.approx(np.mean(scores)) if scores else None)
         if scores and row is not everything:
-            xs.append(list(evaluation.BUCKETS).index(row["bucket"]))
+            xs.append(list(BUCKETS).index(row["bucket"]))
             ys.append(np.mean(scores))
     expected = np.polyfit(xs, ys, 1)[0] if len(xs) > 1 else None
     assert everything["slope"] == (None if expected is None else pytest.approx(expected, abs=1e-9))
@@ -325,7 +335,7 @@ def test_own_buckets_are_ordered_by_length():
     assert slope(table[:1]) is None
 
 
-# ------------------------------------------------------------------------------------------------- stories and scores
+# ------------------------------------------------------------------------------- stories and scores
 
 
 @pytest.fixture(scope="module")
@@ -341,20 +351,19 @@ def world(tmp_path_factory):
     return folder
 
 
-def tell(world: Path, out: Path, seed: int = 7) -> list[dict]:
+def write_stories(world: Path, out: Path, seed: int = 7) -> list[dict]:
+    writer = Writer(str(world / "model"), thinking=False)
     sampling = Sampling(max_new_tokens=24)
-    return evaluation.stories(
-        str(world / "model"), str(world / "prompts.jsonl"), str(out), sampling, False, seed, rows=1
-    )
+    return stories(writer, str(world / "prompts.jsonl"), str(out), sampling, seed, rows=1)
 
 
 def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
-    records = tell(world, tmp_path / "whole.jsonl")
+    records = write_stories(world, tmp_path / "whole.jsonl")
     assert [r["uid"] for r in records] == [
         json.loads(line)["uid"] for line in open(world / "prompts.jsonl")
     ]
     for r in records:
-        assert r["words"] == judge.word_count(r["story"]) and 0 < r["tokens"] <= 24
+        assert r["words"] == word_count(r["story"]) and 0 < r["tokens"] <= 24
         assert r["finished"] or r["tokens"] == 24
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -364,14 +373,132 @@ def test_stories_killed_and_resumed_are_the_same_file(world, tmp_path):
     )  # out of order, the last one half-written
     marked = json.loads(lines[3]) | {"words": 12345}
     killed.write_bytes(json.dumps(marked).encode() + b"\n" + killed.read_bytes()[len(lines[3]) :])
-    again = tell(world, killed)
+    again = write_stories(world, killed)
     assert again[3] == marked  # kept, not written anew
     assert [r for i, r in enumerate(again) if i != 3] == [
         r for i, r in enumerate(records) if i != 3
     ]
     assert read_jsonl(killed) == (again, False)
     with pytest.raises(RecordError, match="another prompt file, model, seed"):
-        tell(world, killed, seed=8)
+        write_stories(world, killed, seed=8)
+
+
+def run_eval(*args: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "eval.py", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_one_story_on_the_command_line(world):
+    """A file gets the story that `generate` gives for that seed, and nothing else."""
+    prompt = json.loads(open(world / "prompts.jsonl").readline())["prompt"]
+    options = ("--no-thinking", "--seed", "5", "--max-new-tokens", "24", "--top-k", "0")
+    done = run_eval("story", world / "model", prompt, *options)
+    writer = Writer(str(world / "model"), thinking=False)
+    [rollout] = writer.write({"": prompt}, Sampling(max_new_tokens=24, top_k=0), seed=5)
+    text = writer.read(rollout)[1]
+    assert (done.returncode, done.stdout) == (0, text + "\n")
+    facts = done.stderr.splitlines()[-1]
+    asked = requested_words(prompt)
+    assert facts.startswith(f"{word_count(text)} words of {asked} requested, ")
+    assert "tokens/s on cpu" in facts and ("cut off" in facts) == (not rollout.finished)
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers its pieces."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+        self.pieces: list[str] = []
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.pieces += [text] if text else []
+        return super().write(text)
+
+
+class Bytes:
+    """A model that answers with a fixed text, one byte at a time, and its tokenizer."""
+
+    lm = type("Model", (), {"device": "cpu"})
+    decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", "replace"))
+    read = Writer.read
+
+    def __init__(self, answer: str, thinking: bool):
+        self.answer = answer
+        self.thinking = thinking
+        self.tokenizer = self
+
+    def write(self, prompts, sampling, seed, on_tokens):
+        rollout = Rollout(0, [], False)
+        for byte in [*self.answer.encode(), 255]:  # 255: EOS
+            rollout.ids.append(byte)
+            rollout.finished = byte == 255
+            on_tokens(rollout, [byte])
+        return [rollout]
+
+
+@FAST
+@given(
+    st.text("aé€😀 \n<>", max_size=30),
+    st.text("aé€😀 \n</thinkt>", max_size=30),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_streamed_story_is_the_whole_story(reasoning, body, opened, terminal):
+    """No broken character, no half of a mark, nothing twice and nothing left out."""
+    answer = f"{'<think>' * opened}{reasoning}</think>\n\n{body}"
+    writer = Bytes(answer, thinking=True)
+    out, err = Screen(terminal), Screen(terminal)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        writing.story(writer, "A fable, 20 words long.", Sampling(), 0, show_thinking=True)
+    thinking, text = data.split_response(answer, thinking=True)
+    shown = [re.sub("\x1b\\[\\d*m", "", "".join(screen.pieces)) for screen in (out, err)]
+    assert shown[0] == text + "\n"
+    assert shown[1].startswith(thinking) and "\ufffd" not in shown[0] + shown[1]
+    assert len(out.pieces) > len(set(text) & set("aé€😀"))  # it came in pieces
+    assert ("\x1b[2m" in err.getvalue()) == terminal and "\x1b" not in out.getvalue()
+    hidden = Screen(terminal)
+    with contextlib.redirect_stdout(Screen(terminal)), contextlib.redirect_stderr(hidden):
+        writing.story(writer, "A fable, 20 words long.", Sampling(), 0, show_thinking=False)
+    words = f"{word_count(text)} words of 20 requested, "
+    assert re.sub("\x1b\\[\\d*m", "", hidden.getvalue()).startswith(words)
+    assert ("it only thought" in hidden.getvalue()) == (not text)
+
+
+def test_a_terminal_is_not_changed_by_a_story():
+    out = Screen(terminal=True)
+    writer = Bytes("Red \x1b[31m and \x07 bell", thinking=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Screen(True)):
+        writing.story(writer, "?", Sampling(), 0, show_thinking=True)
+    assert out.getvalue() == "Red ⟨001B⟩[31m and ⟨0007⟩ bell\n"
+
+
+TEMPLATES = {  # chat template: whether its model thinks
+    "{{ messages[0].content }}:": False,
+    "{{ messages[0].content }}:{% if not enable_thinking %}<think>\n\n</think>\n{% endif %}": True,
+    "{{ messages[0].content }}:<think>\n": True,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_thinking_follows_the_template_and_the_run(world, tmp_path, template):
+    model = tmp_path / "run" / "model"
+    shutil.copytree(world / "model", model)
+    (model / "chat_template.jinja").write_text(template)
+    assert Writer(str(model)).thinking == TEMPLATES[template]
+    assert Writer(str(model), thinking=True).thinking
+    for trained in (True, False):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"thinking": trained}))
+        assert Writer(str(model)).thinking == trained
+    assert Writer(str(model), thinking=True).thinking
+
+
+def test_sampling_options_are_those_of_rollout():
+    defaults = asdict(Sampling(max_new_tokens=32768))
+    assert evaluation.SAMPLING == defaults
 
 
 def test_scores_from_a_real_server_and_nothing_paid_twice(tmp_path, capsys):
@@ -442,7 +569,7 @@ def test_failed_verdicts_stay_out_of_the_means(tmp_path, capsys):
         evaluation.score(tmp_path / "s.jsonl", Silent())
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 class Page(HTMLParser):
@@ -468,9 +595,12 @@ class Page(HTMLParser):
 
 
 def check_safe(page: Page) -> None:
-    tags = "html head meta title style body section h1 h2 h3 h4 p b em i small span div table tr th td figure figcaption"
-    tags += " svg path text circle rect article details summary dl dt dd q code"
-    names = "lang charset name content http-equiv class style viewbox role aria-label tabindex dir x y r cx cy d width"
+    tags = (
+        "html head meta title style body section h1 h2 h3 h4 p b em i small span div table tr th td"
+    )
+    tags += " figure figcaption svg path text circle rect article details summary dl dt dd q code"
+    names = "lang charset name content http-equiv class style viewbox role aria-label tabindex dir"
+    names += " x y r cx cy d width"
     assert page.tags <= set(tags.split())
     assert {name for name, _ in page.attributes} <= {*names.split(), "height"}
     assert "url(" not in page.source and "@import" not in page.source
@@ -478,8 +608,9 @@ def check_safe(page: Page) -> None:
     assert "default-src 'none'" in page.source
 
 
-def visible(hostile: str) -> str:
-    return html.unescape(text(hostile))
+def text(value: str) -> str:
+    """A value as the pages' templates write it."""
+    return PAGES.from_string("{{ value }}").render(value=value)
 
 
 def test_hostile_stories_are_only_text(tmp_path):
@@ -629,9 +760,10 @@ NUMBERS = st.none() | st.just(math.nan) | st.floats(-1e9, 1e9)
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40), st.integers(1, 500))
 def test_charts_stay_inside_their_frame(values, start):
     rows = [{"step": start + i, "a": a, "b": b} for i, (a, b) in enumerate(values)]
-    drawn = chart("A", "unit", rows, {"a": "a", "b": "b"})
+    parts = PAGES.get_template("parts.html").module
+    drawn = str(parts.figure("A", "unit", rows, {"a": "a", "b": "b"}))
     points = [(float(x), float(y)) for x, y in re.findall(r"circle cx=(\S+) cy=(\S+) ", drawn)]
-    for path in re.findall("<path d='([^']*)' class='curve", drawn):
+    for path in re.findall('<path d="([^"]*)" class="curve', drawn):
         points += [(float(x), float(y)) for x, y in re.findall(r"[ML](\S+) ([^ML]+)", path)]
     assert all(43.9 <= x <= 350.1 and 21.9 <= y <= 174.1 for x, y in points)
     assert drawn.count("class=hover") == len(rows)
@@ -650,11 +782,7 @@ def test_ticks_are_round_and_cover(a, b):
     assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5, 10)) < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------- command line
-
-
-def run_eval(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "eval.py", *args], capture_output=True, text=True)
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_command_line(tmp_path):
@@ -662,7 +790,7 @@ def test_command_line(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "report.html"))
     failed = run_eval("report", str(tmp_path))
     assert (
-        failed.returncode == 1
+        failed.returncode == 2
         and failed.stderr.startswith("eval.py: ")
         and "Traceback" not in failed.stderr
     )
@@ -670,3 +798,39 @@ def test_command_line(tmp_path):
     assert (
         subprocess.run([sys.executable, "-c", loaded], cwd=ROOT).returncode == 0
     )  # reports start at once
+
+
+def test_scoring_ends_with_what_happened(tmp_path, capsys):
+    """0: judged; 2: nothing was asked; 3: the judge failed, or judged too little."""
+    rows = [make_row(random.Random(i), 0.5, 1500, 1.0) for i in range(4)]
+    file = tmp_path / "s.jsonl"
+    write(file, rows)
+    judge_options = ("--judge-model", "offline", "--judge-price-in", "100", "--judge-retries", "0")
+    for faults, status in (("", 0), ("500:1", 3), ("404:1", 3)):
+        for cache in tmp_path.glob("*.sqlite"):
+            cache.unlink()
+        process, url = judge.start_stand_in(faults=faults)
+        try:
+            ended = evaluation.main(["score", str(file), "--judge-url", url, *judge_options])
+        finally:
+            process.stdin.close()
+            process.wait(10)
+        assert ended == status
+        shown = capsys.readouterr().out
+        if faults != "404:1":
+            assert f"judged {0 if faults else 4}/4: 4 calls, $" in shown
+            assert ("$0.00" in shown) == bool(faults)  # a price that reached the client
+    url = ("--judge-url", "http://127.0.0.1:9/v1")
+    write(tmp_path / "zero.jsonl", [rows[0] | {"target_words": 0}])
+    refused = {
+        ("score", file): "needs --judge-url and --judge-model",
+        ("score", tmp_path / "none.jsonl", *url, *judge_options): "none.jsonl",
+        ("score", tmp_path / "zero.jsonl", *url, *judge_options): "target_words is 0",
+        ("score", file, *url, *judge_options, "--judge-extra", "[]"): "extra",
+        ("story", tmp_path / "none", "A fable"): "none: there is no such folder",
+        ("stories", "--model", tmp_path, "--prompts", "p", "--out", "o"): "",
+    }
+    for command, message in refused.items():
+        assert evaluation.main([*map(str, command)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("eval.py: ") and message in line
