@@ -15,7 +15,6 @@ stories; 4 interrupted, `stories` and `score` go on where they stopped.
 import argparse
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -87,13 +86,15 @@ def score_command(args: argparse.Namespace) -> int:
 
 
 def write_command(args: argparse.Namespace) -> int:
-    room = import_module("evals.stories")  # loads PyTorch, which the other commands do without
-    writer = room.Writer(args.model, args.thinking)
-    sampling = room.Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    # Here, not on top: it loads PyTorch, for which the other commands need not wait.
+    from evals.stories import Sampling, Writer, stories, story
+
+    writer = Writer(args.model, args.thinking)
+    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if args.command == "story":
-        room.story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
+        story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
     else:
-        written = room.stories(writer, args.prompts, args.out, sampling, args.seed, args.rows)
+        written = stories(writer, args.prompts, args.out, sampling, args.seed, args.rows)
         print(f"{len(written)} stories: {args.out}")
     return 0
 

@@ -118,13 +118,13 @@ def test_imports_go_in_no_circle():
         assert not way, " -> ".join(way)
 
 
-def test_no_function_imports_a_module_of_ours():
+def test_no_function_imports_a_module_of_ours_but_where_pytorch_can_wait():
     late = []
     for name, path in modules().items():
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 late += [f"{name}: {other}" for other in imports(name, function, modules())]
-    assert not late, late
+    assert late == ["eval: evals.stories"], late
 
 
 # ------------------------------------------------------------------------------------------- pieces
