@@ -23,18 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_injections import attempts, perfect_verdict
 
+import chat
 import judge
 import mini.standin as offline
-from judge import (
-    CHECK_PROMPT,
-    CHECK_STORY,
-    NEGATIVE,
-    POSITIVE,
-    RUBRIC,
-    ChatStop,
-    Judge,
-    VerdictError,
-)
+import reward as rewards
+from chat import ChatStop
+from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, VerdictError
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
@@ -61,18 +55,18 @@ def run_cli(*args, **options):
 
 @pytest.mark.parametrize("case", GOLDEN_REWARD["cases"], ids=lambda case: case["kind"])
 def test_text_penalties_equal_the_release(case):
-    words = judge.word_count(case["text"])
-    target = judge.requested_words(case["prompt"]) or judge.word_count(case["target"])
-    assert judge.self_repetition(case["text"]) == pytest.approx(case["self_rep"], abs=1e-12)
-    assert judge.length_penalty(words, target) == pytest.approx(case["length_pen"], abs=1e-12)
-    assert judge.blank_penalty(case["text"]) == case["blank_pen"]
-    reward = judge.reward(0.5, case["text"], target, 100, 0, True)
+    words = rewards.word_count(case["text"])
+    target = rewards.requested_words(case["prompt"]) or rewards.word_count(case["target"])
+    assert rewards.self_repetition(case["text"]) == pytest.approx(case["self_rep"], abs=1e-12)
+    assert rewards.length_penalty(words, target) == pytest.approx(case["length_pen"], abs=1e-12)
+    assert rewards.blank_penalty(case["text"]) == case["blank_pen"]
+    reward = rewards.reward(0.5, case["text"], target, 100, 0, True)
     parts = 0.5 - 1.5 * case["self_rep"] - 0.8 * case["length_pen"] - case["blank_pen"]
     assert reward.total == pytest.approx(max(-2, min(2, parts)), abs=1e-12)
 
 
 def test_default_constants_are_those_of_the_golden_settings():
-    golden, config = GOLDEN_REWARD["settings"], judge.RewardConfig()
+    golden, config = GOLDEN_REWARD["settings"], rewards.RewardConfig()
     names = {"min_visible_ratio": "blank_visible", "min_words": "blank_words"}
     for side, ours in (("lower", "below"), ("upper", "above")):
         names[f"len_tolerance_{side}"] = f"len_{ours}"
@@ -83,19 +77,19 @@ def test_default_constants_are_those_of_the_golden_settings():
 
 def test_reward_adds_thinking_and_overlong_after_the_clip():
     story = " ".join(f"w{i}" for i in range(1000))
-    base = judge.reward(1.0, story, 1000, 4000, 3072, True)
+    base = rewards.reward(1.0, story, 1000, 4000, 3072, True)
     assert (base.total, base.think, base.overlong) == (1.0, 0.0, 0.0)
-    assert judge.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(
+    assert rewards.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(
         0.05 * 100 / 4000
     )
-    assert judge.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
-    assert judge.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
-    assert judge.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
-    cut = judge.reward(-5.0, story, 1000, 8192, 4072, False)
+    assert rewards.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
+    assert rewards.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
+    assert rewards.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
+    cut = rewards.reward(-5.0, story, 1000, 8192, 4072, False)
     assert cut.total == pytest.approx(-2 - 0.05 * 1000 / 8192 - 1)
-    other = dataclasses.replace(judge.RewardConfig(), len_weight=0.0, blank_words=0, rep_weight=0.0)
+    other = dataclasses.replace(rewards.RewardConfig(), len_weight=0.0, blank_words=0, rep_weight=0.0)
     assert (
-        judge.reward(0.3, "", 900, 0, 0, True, other).total == 0.3
+        rewards.reward(0.3, "", 900, 0, 0, True, other).total == 0.3
     )  # an empty response does not divide by zero
 
 
@@ -105,7 +99,7 @@ def test_golden_prompt_strip_but_for_the_departures():
         "Dr. Who at 3.5 miles, 200 words long": "Dr. Who at 3.5 miles",  # a number and a title end no sentence
     }
     for case in GOLDEN_SQ["prompt_strip"]:
-        assert judge.strip_length_sentence(case["prompt"]) == departures.get(
+        assert rewards.strip_length_sentence(case["prompt"]) == departures.get(
             case["prompt"], case["stripped"]
         )
 
@@ -137,9 +131,9 @@ def test_golden_prompt_strip_but_for_the_departures():
     ],
 )
 def test_length_sentence(prompt, words, stripped):
-    assert judge.requested_words(prompt) == words
-    assert judge.strip_length_sentence(prompt) == stripped
-    assert judge.strip_length_sentence(stripped) == stripped
+    assert rewards.requested_words(prompt) == words
+    assert rewards.strip_length_sentence(prompt) == stripped
+    assert rewards.strip_length_sentence(stripped) == stripped
 
 
 SENTENCES = st.lists(
@@ -153,8 +147,8 @@ SENTENCES = st.lists(
 def test_only_the_length_sentence_is_hidden(before, words, after):
     prompt = " ".join([*before, f"The story should be {words:,} words long.", *after])
     if before or after:
-        assert judge.strip_length_sentence(prompt) == " ".join(before + after)
-    assert judge.requested_words(prompt) == words
+        assert rewards.strip_length_sentence(prompt) == " ".join(before + after)
+    assert rewards.requested_words(prompt) == words
 
 
 # ------------------------------------------------------------------------------------------------ rubric and composite
@@ -428,7 +422,7 @@ def test_injections(name):
     assert (
         text.count("f00dfeedf00dfeed") == 5
     )  # announced once, two fences; nothing of the story carries it
-    assert offline._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
+    assert offline._read_messages(messages) == (rewards.strip_length_sentence(CHECK_PROMPT), story)
     # A judge that quotes the story in its justification is still read as it meant.
     own = verdict_with(P1=7, N6=20)
     own["N6"].update(justification=f"The story says {story[-2000:]}", quotes=[story[:40]])
@@ -554,7 +548,7 @@ def client(url, api_key=KEY, **options):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
 
 
 def too_many_until_a_date(connection):
@@ -658,7 +652,7 @@ def test_ask_is_the_same_transport_for_any_chat(quick):
         def refuse(text):
             raise VerdictError(f"{text} is no fox")
 
-        with pytest.raises(judge.CallFailed, match="Rufus is no fox") as caught:
+        with pytest.raises(chat.CallFailed, match="Rufus is no fox") as caught:
             judging.ask(messages, parse=refuse)
         assert (caught.value.kind, caught.value.raw, caught.value.usage) == (
             "unusable",
@@ -705,7 +699,7 @@ def test_refusals_stop_everything_at_once_and_hide_the_key(quick, status):
 
 
 def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.4)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.4)
     with scripted(reset(b"")) as server, client(server.url, concurrency=8) as judging:
         begin = time.monotonic()
         futures = [judging.submit("p", str(i)) for i in range(500)]
@@ -717,16 +711,16 @@ def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
 
 
 def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick, monkeypatch):
-    monkeypatch.setattr(judge, "BREAKER_FAILURES", 4)
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.3)
+    monkeypatch.setattr(chat, "BREAKER_FAILURES", 4)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.3)
     with scripted(silence) as server, client(server.url, timeout=0.4) as judging:
         for future in [
             judging.submit("p", str(i)) for i in range(8)
         ]:  # four at once: their first time-outs are enough
             with pytest.raises(ChatStop):
                 future.result(timeout=3)
-    monkeypatch.setattr(judge, "BACKOFF", 0.0)
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.0)
+    monkeypatch.setattr(chat, "BACKOFF", 0.0)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.0)
     pattern = [reset(b""), reset(b""), reset(b""), http(503, "")] * 30
     with (
         scripted(*pattern, answer(GOOD)) as server,
@@ -911,12 +905,12 @@ def test_keys(monkeypatch):
         "http://[::1]:80/v1",
         "http://gpu7/v1",
     ):
-        assert judge.api_key("JUDGE_API_KEY", url) is None
+        assert chat.api_key("JUDGE_API_KEY", url) is None
     for url in ("https://api.openai.com/v1", "https://8.8.8.8/v1"):
         with pytest.raises(ChatStop, match="export JUDGE_API_KEY"):
-            judge.api_key("JUDGE_API_KEY", url)
+            chat.api_key("JUDGE_API_KEY", url)
     monkeypatch.setenv("JUDGE_API_KEY", KEY + "\n")
-    assert judge.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
+    assert chat.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
     judging = Judge("https://api.openai.com/v1", "m", KEY)
     assert KEY not in repr(judging) + str(judging.stats())
     for bad in ("two words", "line\nbreak", "ключ"):
@@ -937,7 +931,7 @@ def test_keys(monkeypatch):
 def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login other password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    monkeypatch.setattr(judge, "is_local", lambda url: False)
+    monkeypatch.setattr(chat, "is_local", lambda url: False)
     own = verdict_with(P1=3)
     own["P1"]["justification"] = f"Your key is {KEY}."
     with (
@@ -1027,7 +1021,7 @@ def test_the_offline_judge_is_linear_in_hostile_text():
         "." * 99_999,
     ):
         offline.offline_verdict(PROMPT, "A fox. " + text + " b")
-        judge.reward(0.0, text, 100, 10, 0, True)
+        rewards.reward(0.0, text, 100, 10, 0, True)
         judge.parse_verdict(GOOD, text)
     assert time.monotonic() - begin < 8
 
@@ -1150,12 +1144,13 @@ def test_bad_input_is_explained(quick, tmp_path, monkeypatch):
         (["check", "--judge-url", dead], "refused"),
         (["check", "--judge-url", "localhost:1"], "http(s)://host"),
         (["score", str(tmp_path / "none.txt")], "none.txt"),
-        (["serve", "--faults", "fire:0.5"], "NAME:SHARE"),
-        (["serve", "--faults", "500:0.9,429:0.9"], "more than 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["judge.py", *args])
         with pytest.raises(SystemExit, match=re.escape(words)):
             judge.main()
+    for faults, words in (("fire:0.5", "NAME:SHARE"), ("500:0.9,429:0.9", "more than 1")):
+        run = run_cli("serve", "--faults", faults)
+        assert run.returncode != 0 and words in run.stderr
 
 
 def test_no_key_in_what_a_command_prints():
