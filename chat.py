@@ -9,7 +9,7 @@ What happens when something fails:
     not retried            other 4xx; redirects, as a redirected POST loses its body
     ChatStop               401, 402, 403, 404; circuit breaker: 16 attempts in a row, over at
                            least 5 s, without any HTTP answer. Every call ends with it.
-A dead server stops the run in seconds, a hanging one after one time-out; 30% random failures
+So a dead server stops the run in seconds, a hanging one after one time-out; 30% random failures
 trip the breaker about once in 10^8 calls. A key comes from the environment, travels in one
 header, and is cut out of whatever a provider sends back.
 """
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import email.utils
-import functools
 import ipaddress
 import json
 import os
@@ -28,7 +27,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -36,10 +36,10 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-MAX_BODY = 4 << 20  # bytes of one answer; a verdict takes a few thousand
-CONNECT_TIMEOUT = 10.0  # seconds
-BACKOFF = 1.0  # seconds before the first retry, then doubled up to 30, times a random 0.5 to 1
-RETRY_AFTER_MAX = 120.0  # seconds
+MAX_BODY = 4 << 20  # bytes of an answer; a verdict takes a few thousand
+CONNECT_TIMEOUT = 10.0  # seconds, as all that follow
+BACKOFF = 1.0  # before the first retry, then doubled up to 30, times a random 0.5 to 1
+RETRY_AFTER_MAX = 120.0
 BREAKER_FAILURES = 16
 BREAKER_SECONDS = 5.0
 
@@ -52,7 +52,7 @@ class ChatStop(RuntimeError):
 
 
 class Unusable(ValueError):
-    """What a caller's parser raises for an answer that it cannot use; the message says why."""
+    """What a caller's parser raises for an answer that it cannot use."""
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Where a model is served and how it is asked: the fields of --judge-… and --llm-… options."""
+    """Where a model is served and how it is asked: the options --judge-… and --llm-…"""
 
     url: str = _option("", "OpenAI-style base URL, e.g. http://localhost:8000/v1")
     model: str = _option("", "name of the model at that server")
@@ -116,33 +116,45 @@ class ChatOptions:
             if isinstance(extra := json.loads(self.extra), dict):
                 return extra
         example = """a JSON object such as '{"temperature": 0.2}'"""
-        raise ValueError(f"option ...-extra: write {example}, not {self.extra!r}")
+        raise ValueError(f"extra {self.extra!r}: write {example}")
 
     def open(self, client: Callable[..., T], **more: Any) -> T:
         """A client (Chat, Judge) with these options and its key from the environment."""
-        extra = self.extra_body
-        key = api_key(self.key_env, self.url)
         names = "concurrency rpm timeout retries price_in price_out".split()
-        limits = {name: getattr(self, name) for name in names}
-        return client(self.url, self.model, key, extra_body=extra, **limits, **more)
+        more |= {name: getattr(self, name) for name in names} | {"extra_body": self.extra_body}
+        return client(self.url, self.model, api_key(self.key_env, self.url), **more)
 
 
 def add_options(parser: argparse.ArgumentParser, prefix: str, default: ChatOptions) -> None:
     """A group of options, --PREFIX-NAME for each field of ChatOptions."""
     group = parser.add_argument_group(f"{prefix}: any server of OpenAI's chat completions")
     for f in fields(ChatOptions):
-        flag = f"--{prefix}-{f.name.replace('_', '-')}"
         value = getattr(default, f.name)
-        about = f.metadata["help"] + " [%(default)s]"
-        group.add_argument(flag, type=type(value), default=value, help=about, metavar="")
+        about = f.metadata["help"] + (f" [{value}]" if value != "" else "")
+        how = {"type": type(value), "default": value, "metavar": f.name.upper()}
+        group.add_argument(f"--{prefix}-{f.name.replace('_', '-')}", help=about, **how)
 
 
 def options_from(values: Mapping[str, Any], prefix: str) -> ChatOptions:
     """ChatOptions out of parsed values that carry the prefix, e.g. vars(args)."""
-    return ChatOptions(**{f.name: values[f"{prefix}_{f.name}"] for f in fields(ChatOptions)})
+    options = ChatOptions(**{f.name: values[f"{prefix}_{f.name}"] for f in fields(ChatOptions)})
+    try:
+        _ = options.extra_body
+    except ValueError as error:
+        raise ValueError(f"--{prefix}-{error}") from None
+    return options
 
 
 # ------------------------------------------------------------------------------------------- client
+
+
+def _settle(future: Future[T], work: Callable[..., T], *arguments: Any) -> None:
+    """Give the future what work(*arguments) returns or raises, unless it was settled meanwhile."""
+    with contextlib.suppress(InvalidStateError):
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
 
 
 class Chat:
@@ -165,24 +177,24 @@ class Chat:
             form = "http(s)://host[:port]/path, without user, key or query"
             raise ValueError(f"base URL: write {form} (it is not shown)")
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError("API key: it holds white space or other odd characters (not shown)")
+            raise ValueError("the API key holds white space or other odd characters (not shown)")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model = model
         self._key = api_key
         self._limits = ChatOptions(base_url, model, **limits)
         body = {"model": model, **(extra_body or {})}
         self._body = {name: value for name, value in body.items() if value is not None}
-        self._local = threading.local()  # one HTTP session per thread
+        self._local = threading.local()  # an HTTP session per thread
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()  # guards what follows
-        self._stop_reason = ""
         self._threads: list[threading.Thread] = []
         self._pending: set[Future] = set()
+        self._stopped = threading.Event()
+        self._stop_reason = ""
+        self._lock = threading.Lock()
         self._next_slot = 0.0  # when the limit per minute allows the next request
-        self._unanswered: list[float] = []  # when attempts in a row without HTTP answer began
-        counters = "calls cached retries failures tokens_in tokens_out seconds"
-        self._stats: dict[str, float] = dict.fromkeys(counters.split(), 0)
+        self._unanswered: list[float] = []  # begin of each attempt in a row without HTTP answer
+        counters = "calls cached retries failures tokens_in tokens_out seconds".split()
+        self._stats: dict[str, float] = dict.fromkeys(counters, 0)
 
     def stats(self) -> dict[str, float]:
         """calls (not cached), cached, retries, failures, tokens in and out, seconds, dollars."""
@@ -235,6 +247,7 @@ class Chat:
     def start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """work(*arguments) on one of `concurrency` daemon threads."""
         future: Future[T] = Future()
+        future.add_done_callback(self._pending.discard)
         with self._lock:
             if self._stopped.is_set():
                 future.set_exception(ChatStop(self._stop_reason))
@@ -243,21 +256,12 @@ class Chat:
             if len(self._threads) < self._limits.concurrency:
                 self._threads.append(threading.Thread(target=self._work, daemon=True))
                 self._threads[-1].start()
-        self._tasks.put((future, work, arguments))
+        self._tasks.put((future, work, *arguments))
         return future
 
     def _work(self) -> None:
         while task := self._tasks.get():
-            future, work, arguments = task
-            try:
-                settle = functools.partial(future.set_result, work(*arguments))
-            except Exception as error:  # whoever waits for the result raises it
-                settle = functools.partial(future.set_exception, error)
-            with self._lock:
-                waiting = future in self._pending  # else it was stopped meanwhile
-                self._pending.discard(future)
-            if waiting:
-                settle()
+            _settle(*task)
 
     def stop(self, reason: str) -> None:
         """End every pending and later call with a ChatStop."""
@@ -266,9 +270,8 @@ class Chat:
                 return
             self._stop_reason = reason
             self._stopped.set()
-            pending, self._pending = self._pending, set()
-        for future in pending:
-            future.set_exception(ChatStop(reason))
+        for future in list(self._pending):
+            _settle(future, self._pause)  # raises the ChatStop
 
     def close(self) -> None:
         """Stop, and end the threads; one that waits for a silent server is left behind."""
@@ -311,65 +314,56 @@ class Chat:
         the request runs on a daemon thread, which is left behind when time is up.
         """
         post = self._session().post
-        timeout = self._limits.timeout
+        limits: dict[str, Any] = {"timeout": (CONNECT_TIMEOUT, self._limits.timeout)}
+        limits |= {"allow_redirects": False, "stream": True}
         # Nothing compressed: a few bytes could unpack to gigabytes.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        limits: dict[str, Any] = {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
-        outcome: queue.SimpleQueue = queue.SimpleQueue()
 
-        def request() -> None:
-            try:
-                with post(self.url, data=body, headers=headers, stream=True, **limits) as response:
-                    data = bytearray()
-                    for chunk in response.iter_content(1 << 16):
-                        data += chunk
-                        if len(data) > MAX_BODY:
-                            break
-                    outcome.put((response.status_code, response.headers, data))
-            except Exception as error:  # raised again below
-                outcome.put(error)
+        def request() -> tuple[int, Mapping[str, str], bytearray]:
+            with post(self.url, data=body, headers=headers, **limits) as response:
+                data = bytearray()
+                for chunk in response.iter_content(1 << 16):
+                    data += chunk
+                    if len(data) > MAX_BODY:
+                        break
+                return response.status_code, response.headers, data
 
-        threading.Thread(target=request, daemon=True).start()
+        future: Future = Future()
+        threading.Thread(target=_settle, args=(future, request), daemon=True).start()
         try:
-            result = outcome.get(timeout=timeout)
-        except queue.Empty:
+            return future.result(self._limits.timeout)
+        except FutureTimeout:
             raise TimeoutError from None
-        if isinstance(result, Exception):
-            raise result
-        return result
 
     def _session(self) -> requests.Session:
         """The HTTP session of this thread."""
-        if hasattr(self._local, "session"):
-            return self._local.session
+        if not hasattr(self._local, "session"):
+            session = self._local.session = requests.Session()
+            session.trust_env = not is_local(self.url)  # no proxy for a local server
+            session.auth = self._authorise  # even without a key, or ~/.netrc is asked for one
+        return self._local.session
 
-        def authorise(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            if self._key:
-                request.headers["Authorization"] = f"Bearer {self._key}"
-            return request
-
-        session = self._local.session = requests.Session()
-        session.trust_env = not is_local(self.url)  # no proxy for a local server
-        session.auth = authorise  # even without a key: else `requests` takes one from ~/.netrc
-        return session
+    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
 
     def _no_answer(self, error: BaseException, begin: float) -> CallFailed:
-        """The fault of an attempt without any HTTP answer; the circuit breaker counts it."""
+        """What an attempt without any HTTP answer is; the circuit breaker counts it."""
         now = time.monotonic()
         late = isinstance(error, TimeoutError | requests.Timeout)
         while error.__context__:  # the system's own words are at the bottom
             error = error.__context__
-        reason = f"no connection: {self._redact(str(error))}"
-        if late:
-            reason = f"no answer within {now - begin:.1f} s"
+        late_by = f"no answer within {now - begin:.1f} s"
+        reason = late_by if late else f"no connection: {self._redact(str(error))}"
         with self._lock:
             self._unanswered.append(begin if late else now)
             attempts = len(self._unanswered)
             dark = now - min(self._unanswered)
         if attempts >= BREAKER_FAILURES and dark >= BREAKER_SECONDS:
-            streak = f"{attempts} attempts in a row failed, over {dark:.0f} s"
-            last = f"the last with: {reason}. Bring it back, then resume"
-            self.stop(f"{self.model} at {self.url} is down: {streak}, {last}")
+            streak = f"{attempts} attempts in a row failed, over {dark:.0f} s, the last with"
+            down = f"{self.model} at {self.url} is down: {streak}: {reason}"
+            self.stop(f"{down}. Bring it back, then resume")
         return CallFailed("transient", reason)
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> Exception:
@@ -388,7 +382,7 @@ class Chat:
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, seconds: float = 0.0) -> None:
         if self._stopped.wait(max(0.0, seconds)):
             raise ChatStop(self._stop_reason)
 

@@ -6,15 +6,15 @@ The LLM scores 18 dimensions; code recomputes everything else (POLARIS, arXiv 26
     bonus'   = 0 if negative > positive / 2, else bonus
     penalty' = min(penalty, 3) if positive > 1.5 * negative, else penalty
 
-Where this departs from the release: the judge's own totals are ignored; an unusable answer is a
-failure and never a score; a failed call has no score, so its row can be left out. A negative score
-must be backed by a quote (BONUS and PENALTY from 2). If it is missing the score still counts, else
-a careless judge would inflate rewards; `quote_accuracy` records it. Faults of calls: see chat.py.
+Departures from the release: the judge's own totals are ignored; an unusable answer is a failure
+and never a score; a failed call has no score, so its row can be left out. A negative score must be
+backed by a quote (BONUS and PENALTY from 2). If it is missing the score still counts, else a
+careless judge would inflate rewards; `quote_accuracy` records it. Faults of calls: see chat.py.
 
-    python judge.py check [--judge-url URL --judge-model NAME]   can this judge tell drafts apart?
-    python judge.py score STORY.txt --prompt "..." [--json]      a readable verdict
-    python judge.py serve [--delay S] [--faults 429:0.1,...]     the stand-in judge as a server
-    python judge.py schema                         the verdict's JSON schema, for strict decoding
+    python judge.py check                         can this judge tell drafts apart, at what cost?
+    python judge.py score STORY.txt --prompt …    a readable verdict, or --json
+    python judge.py serve [--faults 429:0.1,…]    the stand-in judge as a server
+    python judge.py schema                        the verdict's JSON schema, for strict decoding
 
 Without --judge-url, check and score ask the stand-in judge (text statistics, mini/standin.py).
 """
@@ -35,7 +35,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,132 +66,129 @@ class Dimension:
 # Prompt, schema, parser and clamps all come from this table.
 # fmt: off
 RUBRIC = (
-    Dimension("P1", "Prompt fulfilment and premise integration", 15,
-        "How far the prompt's premise, people, place, form and required elements become the engine "
-        "of this story.",
-        "Outright breaches of an instruction (N1); how well the plot is built (P2).",
-        ("The premise is missing or only named.",
-         "The premise is decoration; the plot would work without it.",
-         "The premise drives the main events and most required elements have a purpose.",
-         "Every required element carries weight, and the premise is taken somewhere the prompt did "
-         "not foresee.")),
-    Dimension("P2", "Narrative arc, pacing and ending", 20,
-        "Movement: a situation that changes by cause and consequence, room for scenes by weight, "
-        "an earned ending.",
-        "Contradictions between events (N2); stretches that wander or pad (N6); whether the turns "
-        "surprise (N9).",
-        ("A state, a list or a fragment; nothing changes, or the text just stops.",
-         "Events follow each other, yet stakes are faint, the pace is flat or the ending is "
-         "asserted.",
-         "A clear line of tension with a turn and a fitting close; some steps are rushed or slack.",
-         "Pressure builds from the first page, every scene alters something, and the ending "
-         "surprises and satisfies.")),
-    Dimension("P3", "Character depth and agency", 15,
-        "People with wants, contradictions and limits whose choices cause what happens.",
-        "How they sound when they talk (N7); feelings and themes as such (P6).",
-        ("Names or roles only.", "One trait each; things happen to them.",
-         "Wants and flaws are visible in action, and at least one choice turns the plot.",
-         "People act from inner conflict that the reader can infer, and are changed or exposed by "
-         "what they choose.")),
-    Dimension("P4", "Voice and stylistic distinctiveness", 15,
-        "A narrating sensibility of its own: diction, rhythm, humour, distance, kept up "
-        "throughout.",
-        "Stock phrasing and stock structure (N3); ornament that gets in the way (N10).",
-        ("No voice; report or summary prose.", "Clean, competent, interchangeable.",
-         "A recognisable manner in most passages, with sentences nobody else would have written.",
-         "An unmistakable voice that fits its matter and never drops; style itself tells part of "
-         "the story.")),
-    Dimension("P5", "Concrete world, scene and sensory grounding", 20,
-        "Scenes one can stand in: particular objects, work, places, bodies and weather that the "
-        "action needs.",
-        "The lack of scenes (N4); pile-ups of images (N10).",
-        ("Nowhere in particular.", "A few generic props and settings.",
-         "Most scenes are placed and peopled by exact, telling detail.",
-         "A whole world by selection: details with knowledge behind them, doing the work of plot "
-         "and feeling.")),
-    Dimension("P6", "Thematic and emotional richness, subtext", 15,
-        "What lies beneath the events: feeling that arises from situations, meaning left for the "
-        "reader to find.",
-        "Meaning spelled out or preached (N5); sheer plot interest (P2).",
-        ("None, or a slogan.", "A theme is announced; feelings are named, hardly felt.",
-         "Feeling is earned in key scenes and some of it remains unsaid.",
-         "Layers that deepen on reflection; restraint and ambiguity under control; an effect that "
-         "lasts.")),
-    Dimension("N1", "Prompt violation and constraint breach", 15,
-        "Harm from ignoring or contradicting what the prompt asks for (content, genre, viewpoint, "
-        "tense, exclusions).",
-        "A premise that is met but thinly used (P1); length, which is measured elsewhere.",
-        ("Nothing or a trifle.", "A minor instruction missed.",
-         "An important instruction missed or reversed.", "Another story than the one asked for.")),
-    Dimension("N2", "Coherence, continuity, consistency and point-of-view confusion", 20,
-        "Contradictions of fact, time, place, cause or knowledge; people mixed up; viewpoint or "
-        "tense that slips.",
-        "Wandering or padding (N6); sentences that mean nothing (N10).",
-        ("Nothing or a slip few would notice.", "Slips that make a reader look back once or twice.",
-         "Contradictions that damage a scene or a turn of the plot.",
-         "One cannot tell what happens, to whom, or why.")),
-    Dimension("N3", "Generic or templated language and structure", 15,
-        "Ready-made phrasing, default names and gestures, mechanical symmetry, paragraph and "
-        "ending templates.",
-        "Events one sees coming (N9); mere absence of a voice (P4).",
-        ("Fresh, or a stray stock phrase.", "Noticeable stock phrases or one visible template.",
-         "Templates shape many paragraphs.", "The text reads as filled-in forms throughout.")),
-    Dimension("N4", "Over-summary, abstraction and thin grounding", 15,
-        "Telling in place of scenes: summary where drama is due, abstract nouns where things and "
-        "acts belong.",
-        "The same point made again (N5); how good the scenes are that exist (P5).",
-        ("Summary only where it serves.", "Some key moments passed over.",
-         "Most key moments reported instead of shown.", "A synopsis or an essay.")),
-    Dimension("N5", "Over-explanation, redundancy, moralising and paraphrase loops", 15,
-        "Saying what was clear: glossed symbols, feelings explained after being shown, lessons, "
-        "one idea reworded.",
-        "Passages off the story's line (N6); summary as such (N4).",
-        ("Trusts the reader.", "A few needless glosses or echoes.",
-         "Repeated explaining or rewording that slows the reading.",
-         "Loops of the same content, or a sermon.")),
-    Dimension("N6", "Drift, bloat and structural breakdown", 20,
-        "Loss of the story's line: digressions, padding, scenes without function, a broken-off "
-        "text, dead loops.",
-        "Contradictions (N2); repetition that explains (N5).",
-        ("Holds its line.", "A slack stretch or a loose end.",
-         "Whole sections could go, or the structure fails late.",
-         "The text runs away, repeats itself mechanically, or stops in the middle.")),
-    Dimension("N7", "Dialogue problems", 15,
-        "Talk that is stilted, expository or on the nose; one voice for all; unclear speakers. No "
-        "dialogue: 0.",
-        "Shallow people (P3); punctuation of speech (N8).",
-        ("Natural, or none.", "Some stiff or informative lines.",
-         "Many lines exist to inform; voices blur.",
-         "Dialogue that nobody could say, throughout.")),
-    Dimension("N8", "Mechanical and formatting errors", 8,
-        "Grammar, spelling, punctuation, broken markup, stray headings or notes, as far as they "
-        "disturb reading.",
-        "Sentences that mean nothing (N10); stiff but correct speech (N7).",
-        ("Clean or nearly so.", "Errors now and then.", "Errors on most pages.",
-         "Errors make reading hard work.")),
-    Dimension("N9", "Predictability and cliché", 8,
-        "Turns, images and outcomes seen coming from afar, without a twist of their own.",
-        "Worn wording (N3); a weak arc (P2).",
-        ("Keeps the reader guessing where it matters.", "A familiar turn or two.",
-         "The main turns are familiar.", "Every turn is the expected one.")),
-    Dimension("N10", "Overwrought or nonsensical language and figurative density", 20,
-        "Figures, adjectives and abstractions that blur sense: stacked metaphors, grand claims, "
-        "empty sentences.",
-        "Rich style that stays exact (P4); mistakes of grammar (N8).",
-        ("Every figure earns its place.", "Some images too many or out of tune.",
-         "Ornament regularly hides what happens.", "Much of the text cannot be paraphrased.")),
-    Dimension("BONUS", "Merit that no dimension covers", 8,
-        "A named moment or feature of rare merit; say where, which dimension is nearest, and why "
-        "it cannot hold it.",
-        "Anything already rewarded in P1 to P6.",
-        ("None, or slight.", "One memorable invention.", "An invention that shapes the whole.",
-         "Extraordinary; almost never given.")),
-    Dimension("PENALTY", "Failure that no dimension covers", 8,
-        "A named failure of its own kind; say where, which dimension is nearest, and why it cannot "
-        "hold it.",
-        "Anything already punished in N1 to N10.",
-        ("None, or slight.", "One jarring failure.", "A failure that hurts the whole.",
-         "It spoils the story; almost never given.")),
+Dimension("P1", "Prompt fulfilment and premise integration", 15,
+    "How far the prompt's premise, people, place, form and required elements become the engine of "
+    "this story.",
+    "Outright breaches of an instruction (N1); how well the plot is built (P2).",
+    ("The premise is missing or only named.",
+     "The premise is decoration; the plot would work without it.",
+     "The premise drives the main events and most required elements have a purpose.",
+     "Every required element carries weight, and the premise is taken somewhere the prompt did not "
+     "foresee.")),
+Dimension("P2", "Narrative arc, pacing and ending", 20,
+    "Movement: a situation that changes by cause and consequence, room for scenes by weight, an "
+    "earned ending.",
+    "Contradictions between events (N2); stretches that wander or pad (N6); whether the turns "
+    "surprise (N9).",
+    ("A state, a list or a fragment; nothing changes, or the text just stops.",
+     "Events follow each other, yet stakes are faint, the pace is flat or the ending is asserted.",
+     "A clear line of tension with a turn and a fitting close; some steps are rushed or slack.",
+     "Pressure builds from the first page, every scene alters something, and the ending surprises "
+     "and satisfies.")),
+Dimension("P3", "Character depth and agency", 15,
+    "People with wants, contradictions and limits whose choices cause what happens.",
+    "How they sound when they talk (N7); feelings and themes as such (P6).",
+    ("Names or roles only.", "One trait each; things happen to them.",
+     "Wants and flaws are visible in action, and at least one choice turns the plot.",
+     "People act from inner conflict that the reader can infer, and are changed or exposed by what "
+     "they choose.")),
+Dimension("P4", "Voice and stylistic distinctiveness", 15,
+    "A narrating sensibility of its own: diction, rhythm, humour, distance, kept up throughout.",
+    "Stock phrasing and stock structure (N3); ornament that gets in the way (N10).",
+    ("No voice; report or summary prose.", "Clean, competent, interchangeable.",
+     "A recognisable manner in most passages, with sentences nobody else would have written.",
+     "An unmistakable voice that fits its matter and never drops; style itself tells part of the "
+     "story.")),
+Dimension("P5", "Concrete world, scene and sensory grounding", 20,
+    "Scenes one can stand in: particular objects, work, places, bodies and weather that the action "
+    "needs.",
+    "The lack of scenes (N4); pile-ups of images (N10).",
+    ("Nowhere in particular.", "A few generic props and settings.",
+     "Most scenes are placed and peopled by exact, telling detail.",
+     "A whole world by selection: details with knowledge behind them, doing the work of plot and "
+     "feeling.")),
+Dimension("P6", "Thematic and emotional richness, subtext", 15,
+    "What lies beneath the events: feeling that arises from situations, meaning left for the "
+    "reader to find.",
+    "Meaning spelled out or preached (N5); sheer plot interest (P2).",
+    ("None, or a slogan.", "A theme is announced; feelings are named, hardly felt.",
+     "Feeling is earned in key scenes and some of it remains unsaid.",
+     "Layers that deepen on reflection; restraint and ambiguity under control; an effect that "
+     "lasts.")),
+Dimension("N1", "Prompt violation and constraint breach", 15,
+    "Harm from ignoring or contradicting what the prompt asks for (content, genre, viewpoint, "
+    "tense, exclusions).",
+    "A premise that is met but thinly used (P1); length, which is measured elsewhere.",
+    ("Nothing or a trifle.", "A minor instruction missed.",
+     "An important instruction missed or reversed.", "Another story than the one asked for.")),
+Dimension("N2", "Coherence, continuity, consistency and point-of-view confusion", 20,
+    "Contradictions of fact, time, place, cause or knowledge; people mixed up; viewpoint or tense "
+    "that slips.",
+    "Wandering or padding (N6); sentences that mean nothing (N10).",
+    ("Nothing or a slip few would notice.", "Slips that make a reader look back once or twice.",
+     "Contradictions that damage a scene or a turn of the plot.",
+     "One cannot tell what happens, to whom, or why.")),
+Dimension("N3", "Generic or templated language and structure", 15,
+    "Ready-made phrasing, default names and gestures, mechanical symmetry, paragraph and ending "
+    "templates.",
+    "Events one sees coming (N9); mere absence of a voice (P4).",
+    ("Fresh, or a stray stock phrase.", "Noticeable stock phrases or one visible template.",
+     "Templates shape many paragraphs.", "The text reads as filled-in forms throughout.")),
+Dimension("N4", "Over-summary, abstraction and thin grounding", 15,
+    "Telling in place of scenes: summary where drama is due, abstract nouns where things and acts "
+    "belong.",
+    "The same point made again (N5); how good the scenes are that exist (P5).",
+    ("Summary only where it serves.", "Some key moments passed over.",
+     "Most key moments reported instead of shown.", "A synopsis or an essay.")),
+Dimension("N5", "Over-explanation, redundancy, moralising and paraphrase loops", 15,
+    "Saying what was clear: glossed symbols, feelings explained after being shown, lessons, one "
+    "idea reworded.",
+    "Passages off the story's line (N6); summary as such (N4).",
+    ("Trusts the reader.", "A few needless glosses or echoes.",
+     "Repeated explaining or rewording that slows the reading.",
+     "Loops of the same content, or a sermon.")),
+Dimension("N6", "Drift, bloat and structural breakdown", 20,
+    "Loss of the story's line: digressions, padding, scenes without function, a broken-off text, "
+    "dead loops.",
+    "Contradictions (N2); repetition that explains (N5).",
+    ("Holds its line.", "A slack stretch or a loose end.",
+     "Whole sections could go, or the structure fails late.",
+     "The text runs away, repeats itself mechanically, or stops in the middle.")),
+Dimension("N7", "Dialogue problems", 15,
+    "Talk that is stilted, expository or on the nose; one voice for all; unclear speakers. No "
+    "dialogue: 0.",
+    "Shallow people (P3); punctuation of speech (N8).",
+    ("Natural, or none.", "Some stiff or informative lines.",
+     "Many lines exist to inform; voices blur.", "Dialogue that nobody could say, throughout.")),
+Dimension("N8", "Mechanical and formatting errors", 8,
+    "Grammar, spelling, punctuation, broken markup, stray headings or notes, as far as they "
+    "disturb reading.",
+    "Sentences that mean nothing (N10); stiff but correct speech (N7).",
+    ("Clean or nearly so.", "Errors now and then.", "Errors on most pages.",
+     "Errors make reading hard work.")),
+Dimension("N9", "Predictability and cliché", 8,
+    "Turns, images and outcomes seen coming from afar, without a twist of their own.",
+    "Worn wording (N3); a weak arc (P2).",
+    ("Keeps the reader guessing where it matters.", "A familiar turn or two.",
+     "The main turns are familiar.", "Every turn is the expected one.")),
+Dimension("N10", "Overwrought or nonsensical language and figurative density", 20,
+    "Figures, adjectives and abstractions that blur sense: stacked metaphors, grand claims, empty "
+    "sentences.",
+    "Rich style that stays exact (P4); mistakes of grammar (N8).",
+    ("Every figure earns its place.", "Some images too many or out of tune.",
+     "Ornament regularly hides what happens.", "Much of the text cannot be paraphrased.")),
+Dimension("BONUS", "Merit that no dimension covers", 8,
+    "A named moment or feature of rare merit; say where, which dimension is nearest, and why it "
+    "cannot hold it.",
+    "Anything already rewarded in P1 to P6.",
+    ("None, or slight.", "One memorable invention.", "An invention that shapes the whole.",
+     "Extraordinary; almost never given.")),
+Dimension("PENALTY", "Failure that no dimension covers", 8,
+    "A named failure of its own kind; say where, which dimension is nearest, and why it cannot "
+    "hold it.",
+    "Anything already punished in N1 to N10.",
+    ("None, or slight.", "One jarring failure.", "A failure that hurts the whole.",
+     "It spoils the story; almost never given.")),
 )
 # fmt: on
 POSITIVE = [d.key for d in RUBRIC[:6]]
@@ -256,12 +252,11 @@ def composite(positive: int, negative: int, bonus: int, penalty: int) -> int:
         bonus = 0
     if positive > 1.5 * negative:
         penalty = min(penalty, 3)
-    lowest, highest = OVERALL
-    return min(highest, max(lowest, positive - negative + bonus - penalty))
+    return min(OVERALL[1], max(OVERALL[0], positive - negative + bonus - penalty))
 
 
 def totals(scores: dict[str, int]) -> tuple[int, int, int, int]:
-    """positive, negative, bonus and penalty of the scores of all dimensions."""
+    """positive, negative, bonus and penalty of {"P1": int, ..., "PENALTY": int}."""
     positive = sum(scores[key] for key in POSITIVE)
     negative = sum(scores[key] for key in NEGATIVE)
     return positive, negative, scores["BONUS"], scores["PENALTY"]
@@ -282,11 +277,11 @@ def rubric_text() -> str:
     """The system message: role, principles, evidence, dimensions with bands, form of the answer."""
     parts = [_PRINCIPLES]
     for d in RUBRIC:
-        lines = [f"## {d.key}. {d.name} (0-{d.max})"]
-        lines += [f"Measures: {d.measures}", f"Not counted here: {d.excludes}"]
+        part = f"## {d.key}. {d.name} (0-{d.max})\nMeasures: {d.measures}"
+        part += f"\nNot counted here: {d.excludes}"
         for (low, high), text in zip(d.ranges(), d.bands, strict=True):
-            lines.append(f"  {low}-{high}: {text}")
-        parts.append("\n".join(lines))
+            part += f"\n  {low}-{high}: {text}"
+        parts.append(part)
     entry = '{"justification": "...", "quotes": ["..."], "score": 0}'
     form = ",\n".join(f' "{d.key}": {entry}' for d in RUBRIC)
     return "\n\n".join([*parts, f"{_ANSWER}\n{{\n{form}\n}}"])
@@ -306,23 +301,23 @@ def judge_messages(prompt: str, story: str, marker: str) -> list[dict[str, str]]
     return [{"role": "system", "content": rubric_text()}, {"role": "user", "content": user}]
 
 
-def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return {**schema, "additionalProperties": False}
+def _object_of(properties: dict[str, Any]) -> dict[str, Any]:
+    kind = {"type": "object", "properties": properties, "required": list(properties)}
+    return {**kind, "additionalProperties": False}
 
 
 def verdict_schema() -> dict[str, Any]:
     """The JSON schema of a verdict, for providers that decode under a schema."""
     text = {"type": "string"}
-    dimensions = {}
-    for d in RUBRIC:
-        entry = {"justification": text, "quotes": {"type": "array", "items": text}}
-        score = {"type": "integer", "minimum": 0, "maximum": d.max}
-        dimensions[d.key] = _object_schema({**entry, "score": score})
-    return _object_schema(dimensions)
+    texts = {"justification": text, "quotes": {"type": "array", "items": text}}
+    scores = {d.key: {"type": "integer", "minimum": 0, "maximum": d.max} for d in RUBRIC}
+    return _object_of({key: _object_of({**texts, "score": scores[key]}) for key in scores})
 
 
 # ---------------------------------------------------------------------------------------- verdicts
+
+
+Entries = dict[str, dict[str, Any]]  # key -> {"score": int, "justification": str, "quotes": [str]}
 
 
 class VerdictError(Unusable):
@@ -338,10 +333,8 @@ class Verdict:
     negative: int = 0
     bonus: int = 0
     penalty: int = 0
-    # key -> {"score": int, "justification": str, "quotes": [str]}
-    dimensions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # share of the quotes, given or owed, that occur in the story; None without any
-    quote_accuracy: float | None = None
+    dimensions: Entries = field(default_factory=dict)
+    quote_accuracy: float | None = None  # share of the quotes, given or owed, that occur
     error: str = ""
     raw: str = ""  # the answer as it came
     cached: bool = False
@@ -361,20 +354,19 @@ def parse_verdict(text: str, story: str) -> Verdict:
         raise VerdictError(f"an answer of {len(text)} characters is no verdict")
     objects, fault = _json_objects(text)
     required = [*POSITIVE, *NEGATIVE]
-    whole = [_entries(found) for found in objects if all(key in found for key in required)]
+    gaps = [[key for key in required if key not in found] for found in objects]
+    whole = [_entries(found) for found, gap in zip(objects, gaps, strict=True) if not gap]
     if not whole:
-        gaps = [[key for key in required if key not in found] for found in objects]
         fewest = min(gaps, key=len, default=required)
-        reason = "no verdict in the answer"
-        if len(fewest) < len(required):
-            reason = f"dimensions missing: {', '.join(fewest)}"
+        missing = f"dimensions missing: {', '.join(fewest)}"
+        reason = missing if len(fewest) < len(required) else "no verdict in the answer"
         raise VerdictError(f"{reason} ({fault})" if fault else reason)
-    if any(other != whole[0] for other in whole):
-        raise VerdictError(f"{len(whole)} different verdicts in one answer")
     entries = whole[0]
+    if any(other != entries for other in whole):
+        raise VerdictError(f"{len(whole)} different verdicts in one answer")
     scores = {key: entry["score"] for key, entry in entries.items()}
-    quotes = _quote_accuracy(entries, story)
-    return Verdict(story_quality(scores), *totals(scores), entries, quotes, raw=text)
+    accuracy = _quote_accuracy(entries, story)
+    return Verdict(story_quality(scores), *totals(scores), entries, accuracy, raw=text)
 
 
 # A comma before a closing bracket, outside strings: a string is matched first, whole, and put back.
@@ -385,8 +377,9 @@ def _json_objects(text: str) -> tuple[list[dict], str]:
     """Every JSON object in `text`, nested ones too; why the first unreadable one is unreadable."""
     objects: list[dict] = []
     fault = ""
-    start = text.find("{")
+    end = 0
     for _ in range(64):  # an answer with more openings is no verdict, and each of them takes time
+        start = text.find("{", end)
         if start < 0:
             break
         try:
@@ -403,7 +396,6 @@ def _json_objects(text: str) -> tuple[list[dict], str]:
                     found, end = _json_at(repaired, 0)
                     text = repaired
         objects += found
-        start = text.find("{", end)
     return objects, fault
 
 
@@ -425,7 +417,7 @@ def _json_at(text: str, start: int) -> tuple[list[dict], int]:
     return found, end
 
 
-def _entries(verdict: dict) -> dict[str, dict[str, Any]]:
+def _entries(verdict: dict) -> Entries:
     """The entries of all dimensions, checked and clamped."""
     entries = {}
     for d in RUBRIC:
@@ -462,19 +454,18 @@ def _words(text: str) -> str:
     return " ".join(["", *re.findall(r"[^\W_]+", unescape(text).casefold()), ""])
 
 
-def _quote_accuracy(entries: dict[str, dict[str, Any]], story: str) -> float | None:
+def _quote_accuracy(entries: Entries, story: str) -> float | None:
     """Share of the quotes, given or owed, that occur in the story; None without any."""
     words = _words(story)
 
     def occurs(part: str) -> bool:  # word by word, so that punctuation may differ
-        return part in story or (_words(part).strip() != "" and _words(part) in words)
+        return part in story or (not _words(part).isspace() and _words(part) in words)
 
     found = []
     for key, entry in entries.items():
         free = 0 if key in NEGATIVE else 1  # points that need no quote
-        if not entry["quotes"] and key not in POSITIVE and entry["score"] > free:
-            found.append(False)
-        for quote in entry["quotes"]:
+        owed = key not in POSITIVE and entry["score"] > free
+        for quote in entry["quotes"] or ([""] if owed else []):
             pieces = re.split(r"\.{3}|…", quote)  # "he ran ... and fell": two of them
             parts = [piece for piece in pieces if piece.strip()]
             found.append(parts != [] and all(map(occurs, parts)))
@@ -530,8 +521,8 @@ class Judge(Chat):
         except CallFailed as fault:
             verdict = Verdict(error=str(fault), raw=fault.raw)
             tokens = fault.usage
-        spent = {"seconds": time.monotonic() - begin}
-        return replace(verdict, tokens_in=tokens[0], tokens_out=tokens[1], **spent)
+        seconds = time.monotonic() - begin
+        return replace(verdict, seconds=seconds, tokens_in=tokens[0], tokens_out=tokens[1])
 
     def _stored(self, prompt: str, story: str) -> Verdict | None:
         """The verdict that was paid for earlier, if there is one."""
@@ -549,7 +540,7 @@ class Judge(Chat):
         return hashlib.sha256(json.dumps(call, sort_keys=True).encode()).hexdigest()
 
     def _sql(self, statement: str, *values: Any) -> Any:
-        """The first row that the cache answers. It is opened anew, so any thread may ask."""
+        """The first row of the cache's answer; opened anew, so that any thread may ask."""
         if self._cache is None:
             return None
         try:  # SQLite's own journal, not WAL: safe for many processes, on network file systems too
@@ -568,18 +559,18 @@ def _stand_in_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
     home = Path(__file__).parent
     if not (home / "mini" / "standin.py").exists():
         raise ValueError(f"no stand-in judge here (mini/standin.py in {home}): give --judge-url")
-    places = filter(None, [str(home), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    return [sys.executable, "-m", "mini.standin", *arguments], environment
+    path = f"{home}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "mini.standin", *arguments]
+    return command, {**os.environ, "PYTHONPATH": path}
 
 
-def start_stand_in(
-    delay: float = 0.0, faults: str = "", seed: int = 0, log: str | Path = ""
-) -> tuple[subprocess.Popen, str]:
-    """Start the stand-in judge -> (process, base URL). It ends when its stdin closes."""
-    settings = {"port": 0, "delay": delay, "faults": faults, "seed": seed, "log": log}
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    command, environment = _stand_in_command("--until-stdin-closes", *options)
+def start_stand_in(**options: Any) -> tuple[subprocess.Popen, str]:
+    """Start the stand-in judge -> (process, base URL). It ends when its stdin closes.
+
+    options: delay, faults, seed, log, as of `judge.py serve`.
+    """
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command, environment = _stand_in_command("--port=0", "--until-stdin-closes", *flags)
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
     url = process.stdout.readline().strip() if process.stdout else ""
@@ -660,14 +651,15 @@ def _check(judge: Judge, times: int) -> None:
     quotes = f"{statistics.fmean(accuracies):.0%}" if accuracies else "none given"
     seconds = [v.seconds for v in verdicts]
     stats = judge.stats()
-    each = {name: stats[name] / stats["calls"] for name in ("tokens_in", "tokens_out", "dollars")}
+    tokens_in, tokens_out, dollars = (
+        stats[name] / stats["calls"] for name in ("tokens_in", "tokens_out", "dollars")
+    )
     print(f"""
 valid verdicts   {sum(map(len, scores.values()))} of {len(verdicts)}
 quotes found     {quotes}
 latency          {statistics.median(seconds):.2f} s in the middle, {max(seconds):.2f} s at most
-tokens           {each["tokens_in"]:.0f} in, {each["tokens_out"]:.0f} out for a story
-cost             ${each["dollars"]:.4f} a story, \
-${each["dollars"] * 48 * 173:.2f} for the published run of 173 x 48
+tokens           {tokens_in:.0f} in, {tokens_out:.0f} out for a story
+cost             ${dollars:.4f} a story, ${dollars * 48 * 173:.2f} for the published run of 173 x 48
 spread           {retest:.3f} when one draft is scored again, {between:.3f} between the five drafts
 
 GRPO divides the scores of a group by their spread: of these five drafts' advantages {quality:.0%} \
@@ -690,25 +682,23 @@ def _print_verdict(verdict: Verdict) -> None:
         print(f"\n{verdict.quote_accuracy:.0%} of the quotes, given or owed, occur in the story.")
 
 
-@contextlib.contextmanager
-def _opened(options: ChatOptions) -> Iterator[Judge]:
-    """The judge of these options; without a URL the stand-in."""
-    with contextlib.ExitStack() as stack:
-        if not options.url:
-            process, url = start_stand_in()
-            stack.enter_context(process)  # on the way out its stdin closes, which ends it
-            options = replace(options, url=url)
-        yield stack.enter_context(contextlib.closing(options.open(Judge)))
-
-
-def _score(judge: Judge, path: str, prompt: str, as_json: bool) -> None:
-    """Print the verdict on a text file, or on standard input."""
-    file = sys.stdin if path == "-" else open(path, encoding="utf-8", errors="replace")
-    with file:
-        verdict = judge.submit(prompt, file.read()).result()
+def _ask(args: argparse.Namespace) -> None:
+    """The commands check and score."""
+    if args.command == "score":
+        file = Path(args.story)
+        reading = {"encoding": "utf-8", "errors": "replace"}
+        story = sys.stdin.read() if args.story == "-" else file.read_text(**reading)
+    options = options_from(vars(args), "judge")
+    if not options.url:
+        process, url = start_stand_in()  # it ends with this program
+        options = replace(options, url=url)
+    with contextlib.closing(options.open(Judge)) as judge:
+        if args.command == "check":
+            return _check(judge, args.times)
+        verdict = judge.submit(args.prompt, story).result()
     if verdict.score is None:
         raise ChatStop(f"no verdict: {verdict.error}")
-    if as_json:
+    if args.json:
         print(json.dumps(dataclasses.asdict(verdict), indent=1))
     else:
         _print_verdict(verdict)
@@ -719,7 +709,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     commands = parser.add_subparsers(required=True, dest="command")
     check = commands.add_parser("check", help="reach a judge, and see what it is worth")
-    check.add_argument("--times", type=int, default=3, choices=range(2, 21), help="per draft [3]")
+    many: dict[str, Any] = {"choices": range(2, 21), "metavar": "2..20"}
+    check.add_argument("--times", type=int, default=3, help="verdicts per draft [3]", **many)
     score = commands.add_parser("score", help="a readable verdict for one story")
     score.add_argument("story", help="text file, or - for standard input")
     score.add_argument("--prompt", default="", help="what the story was written for")
@@ -739,11 +730,7 @@ def main() -> None:
             schema = {"name": "verdict", "strict": True, "schema": verdict_schema()}
             print(json.dumps({"response_format": {"type": "json_schema", "json_schema": schema}}))
         else:
-            with _opened(options_from(vars(args), "judge")) as judge:
-                if args.command == "check":
-                    _check(judge, args.times)
-                else:
-                    _score(judge, args.story, args.prompt, args.json)
+            _ask(args)
     except (ChatStop, ValueError, OSError) as error:
         sys.exit(f"judge.py: {error}")
 
