@@ -9,9 +9,8 @@ What happens when something fails:
     not retried            other 4xx; redirects, as a redirected POST loses its body
     ChatStop               401, 402, 403, 404; circuit breaker: 16 attempts in a row, over at
                            least 5 s, without any HTTP answer. Every call ends with it.
-So a dead server stops the run in seconds, a hanging one after one time-out; 30% random failures
-trip the breaker about once in 10^8 calls. A key comes from the environment, travels in one
-header, and is cut out of whatever a provider sends back.
+So a dead server stops the run in seconds, a hanging one after one time-out. A key comes from the
+environment, travels in one header, and is cut out of whatever a provider sends back.
 """
 
 import argparse
@@ -86,7 +85,7 @@ def api_key(env_name: str, base_url: str) -> str | None:
     key = os.environ.get(env_name, "").strip()
     if key or is_local(base_url):
         return key or None
-    ask = f"run `export {env_name}=...` first, or name another variable (option ...-key-env)"
+    ask = f"run `export {env_name}=...` first, or name another variable with --…-key-env"
     raise ChatStop(f"no API key for {base_url}: {ask}")
 
 
@@ -205,7 +204,6 @@ class Chat:
         return {**stats, "dollars": (cost_in + cost_out) / 1e6}
 
     def count(self, **amounts: float) -> None:
-        """Add to the counters."""
         with self._lock:
             for name, amount in amounts.items():
                 self._stats[name] += amount
@@ -220,17 +218,15 @@ class Chat:
         left = {"transient": retries, "unusable": min(1, retries), "final": 0}
         begin = time.monotonic()
         backoff = BACKOFF
-        raw = ""
-        tokens = (0, 0)
+        raw, tokens_in, tokens_out = "", 0, 0
         while True:
             fault = None
             try:
                 value, usage = self._attempt(body, parse)
             except CallFailed as error:
-                fault = error
-                usage = error.usage
-                raw = error.raw or raw
-            tokens = (tokens[0] + usage[0], tokens[1] + usage[1])
+                fault, usage, raw = error, error.usage, error.raw or raw
+            tokens_in += usage[0]
+            tokens_out += usage[1]
             if not fault or not left[fault.kind]:
                 break
             left[fault.kind] -= 1
@@ -238,11 +234,11 @@ class Chat:
             self._pause(fault.wait + backoff * random.uniform(0.5, 1))
             backoff = min(30.0, 2 * backoff)
         seconds = time.monotonic() - begin
-        self.count(calls=1, tokens_in=tokens[0], tokens_out=tokens[1], seconds=seconds)
+        self.count(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, seconds=seconds)
         if not fault:
-            return value, tokens
+            return value, (tokens_in, tokens_out)
         self.count(failures=1)
-        raise dataclasses.replace(fault, usage=tokens, raw=raw)
+        raise dataclasses.replace(fault, usage=(tokens_in, tokens_out), raw=raw)
 
     def start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """work(*arguments) on one of `concurrency` daemon threads."""
@@ -314,13 +310,11 @@ class Chat:
         the request runs on a daemon thread, which is left behind when time is up.
         """
         post = self._session().post
-        limits: dict[str, Any] = {"timeout": (CONNECT_TIMEOUT, self._limits.timeout)}
-        limits |= {"allow_redirects": False, "stream": True}
-        # Nothing compressed: a few bytes could unpack to gigabytes.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        timeout = self._limits.timeout
+        how: dict[str, Any] = {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
 
         def request() -> tuple[int, Mapping[str, str], bytearray]:
-            with post(self.url, data=body, headers=headers, **limits) as response:
+            with post(self.url, data=body, stream=True, **how) as response:
                 data = bytearray()
                 for chunk in response.iter_content(1 << 16):
                     data += chunk
@@ -331,7 +325,7 @@ class Chat:
         future: Future = Future()
         threading.Thread(target=_settle, args=(future, request), daemon=True).start()
         try:
-            return future.result(self._limits.timeout)
+            return future.result(timeout)
         except FutureTimeout:
             raise TimeoutError from None
 
@@ -340,13 +334,12 @@ class Chat:
         if not hasattr(self._local, "session"):
             session = self._local.session = requests.Session()
             session.trust_env = not is_local(self.url)  # no proxy for a local server
-            session.auth = self._authorise  # even without a key, or ~/.netrc is asked for one
+            session.auth = lambda request: request  # else ~/.netrc is asked for a key
+            session.headers["Content-Type"] = "application/json"
+            session.headers["Accept-Encoding"] = "identity"  # a few bytes could unpack to gigabytes
+            if self._key:
+                session.headers["Authorization"] = f"Bearer {self._key}"
         return self._local.session
-
-    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
 
     def _no_answer(self, error: BaseException, begin: float) -> CallFailed:
         """What an attempt without any HTTP answer is; the circuit breaker counts it."""
@@ -354,16 +347,17 @@ class Chat:
         late = isinstance(error, TimeoutError | requests.Timeout)
         while error.__context__:  # the system's own words are at the bottom
             error = error.__context__
-        late_by = f"no answer within {now - begin:.1f} s"
-        reason = late_by if late else f"no connection: {self._redact(str(error))}"
+        reason = f"no answer within {now - begin:.1f} s"
+        if not late:
+            reason = f"no connection: {self._redact(str(error))}"
         with self._lock:
             self._unanswered.append(begin if late else now)
             attempts = len(self._unanswered)
             dark = now - min(self._unanswered)
         if attempts >= BREAKER_FAILURES and dark >= BREAKER_SECONDS:
-            streak = f"{attempts} attempts in a row failed, over {dark:.0f} s, the last with"
-            down = f"{self.model} at {self.url} is down: {streak}: {reason}"
-            self.stop(f"{down}. Bring it back, then resume")
+            streak = f"{attempts} attempts in a row failed, over {dark:.0f} s"
+            last = f"the last with: {reason}. Bring it back, then resume"
+            self.stop(f"{self.model} at {self.url} is down: {streak}, {last}")
         return CallFailed("transient", reason)
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> Exception:

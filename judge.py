@@ -541,7 +541,7 @@ class Judge(Chat):
 
     def _sql(self, statement: str, *values: Any) -> Any:
         """The first row of the cache's answer; opened anew, so that any thread may ask."""
-        if self._cache is None:
+        if not self._cache:
             return None
         try:  # SQLite's own journal, not WAL: safe for many processes, on network file systems too
             with contextlib.closing(sqlite3.connect(self._cache, timeout=60)) as cache, cache:

@@ -67,7 +67,7 @@ def word_count(text: str) -> int:
 
 
 def self_repetition(text: str) -> float:
-    """rep in [0, 1.155]: repeated 4-grams, 4-grams seen in the last 63 positions, repeated lines."""
+    """rep in [0, 1.155]: repeated 4-grams, 4-grams at most 63 positions apart, repeated lines."""
     tokens = [token.lower() for token in re.findall(r"\w+|[^\s]", text)]
     grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
     newest: dict[tuple[str, ...], int] = {}  # 4-gram -> its newest position

@@ -272,12 +272,11 @@ def read_messages(messages: list[dict]) -> tuple[str, str]:
     marker = re.match(r"The marker is (\w+)\.", text)
     if not marker:
         return "", text
-
-    def fenced(name: str) -> str:
-        inside = text.partition(f"[{name} {marker[1]}]\n")[2]
-        return inside.partition(f"\n[END OF {name} {marker[1]}]")[0]
-
-    return fenced("PROMPT"), fenced("STORY")
+    fenced = []
+    for name in (f"PROMPT {marker[1]}]", f"STORY {marker[1]}]"):
+        inside = text.partition(f"[{name}\n")[2]
+        fenced.append(inside.partition(f"\n[END OF {name}")[0])
+    return fenced[0], fenced[1]
 
 
 def _parse_faults(spec: str) -> dict[str, float]:
