@@ -1,7 +1,7 @@
-"""judge.py: parity with the release, hostile answers, a fault matrix over real sockets, the offline judge."""
+"""The judge: parity with the release, hostile answers, faults over real sockets, the stand-in."""
 
+import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -23,18 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_injections import attempts, perfect_verdict
 
+import chat
 import judge
 import mini.standin as offline
-from judge import (
-    CHECK_PROMPT,
-    CHECK_STORY,
-    NEGATIVE,
-    POSITIVE,
-    RUBRIC,
-    ChatStop,
-    Judge,
-    VerdictError,
-)
+import reward as rewards
+from chat import ChatStop
+from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, VerdictError
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
@@ -56,23 +50,23 @@ def run_cli(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
-# ------------------------------------------------------------------------------------------------ the reward
+# --------------------------------------------------------------------------------------- the reward
 
 
 @pytest.mark.parametrize("case", GOLDEN_REWARD["cases"], ids=lambda case: case["kind"])
 def test_text_penalties_equal_the_release(case):
-    words = judge.word_count(case["text"])
-    target = judge.requested_words(case["prompt"]) or judge.word_count(case["target"])
-    assert judge.self_repetition(case["text"]) == pytest.approx(case["self_rep"], abs=1e-12)
-    assert judge.length_penalty(words, target) == pytest.approx(case["length_pen"], abs=1e-12)
-    assert judge.blank_penalty(case["text"]) == case["blank_pen"]
-    reward = judge.reward(0.5, case["text"], target, 100, 0, True)
+    words = rewards.word_count(case["text"])
+    target = rewards.requested_words(case["prompt"]) or rewards.word_count(case["target"])
+    assert rewards.self_repetition(case["text"]) == pytest.approx(case["self_rep"], abs=1e-12)
+    assert rewards.length_penalty(words, target) == pytest.approx(case["length_pen"], abs=1e-12)
+    assert rewards.blank_penalty(case["text"]) == case["blank_pen"]
+    reward = rewards.reward(0.5, case["text"], target, 100, 0, True)
     parts = 0.5 - 1.5 * case["self_rep"] - 0.8 * case["length_pen"] - case["blank_pen"]
     assert reward.total == pytest.approx(max(-2, min(2, parts)), abs=1e-12)
 
 
 def test_default_constants_are_those_of_the_golden_settings():
-    golden, config = GOLDEN_REWARD["settings"], judge.RewardConfig()
+    golden, config = GOLDEN_REWARD["settings"], rewards.RewardConfig()
     names = {"min_visible_ratio": "blank_visible", "min_words": "blank_words"}
     for side, ours in (("lower", "below"), ("upper", "above")):
         names[f"len_tolerance_{side}"] = f"len_{ours}"
@@ -83,29 +77,30 @@ def test_default_constants_are_those_of_the_golden_settings():
 
 def test_reward_adds_thinking_and_overlong_after_the_clip():
     story = " ".join(f"w{i}" for i in range(1000))
-    base = judge.reward(1.0, story, 1000, 4000, 3072, True)
+    base = rewards.reward(1.0, story, 1000, 4000, 3072, True)
     assert (base.total, base.think, base.overlong) == (1.0, 0.0, 0.0)
-    assert judge.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(
+    assert rewards.reward(1.0, story, 1000, 4000, 3172, True).think == pytest.approx(
         0.05 * 100 / 4000
     )
-    assert judge.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
-    assert judge.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
-    assert judge.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
-    cut = judge.reward(-5.0, story, 1000, 8192, 4072, False)
+    assert rewards.reward(1.0, story, 1000, 8192, 0, True).overlong == 0.0  # ended by itself
+    assert rewards.reward(1.0, story, 1000, 7680, 0, False).overlong == 0.0
+    assert rewards.reward(1.0, story, 1000, 7936, 0, False).overlong == pytest.approx(0.5)
+    cut = rewards.reward(-5.0, story, 1000, 8192, 4072, False)
     assert cut.total == pytest.approx(-2 - 0.05 * 1000 / 8192 - 1)
-    other = dataclasses.replace(judge.RewardConfig(), len_weight=0.0, blank_words=0, rep_weight=0.0)
-    assert (
-        judge.reward(0.3, "", 900, 0, 0, True, other).total == 0.3
-    )  # an empty response does not divide by zero
+    other = rewards.RewardConfig(len_weight=0.0, blank_words=0, rep_weight=0.0)
+    # an empty response does not divide by zero
+    assert rewards.reward(0.3, "", 900, 0, 0, True, other).total == 0.3
 
 
 def test_golden_prompt_strip_but_for_the_departures():
     departures = {
-        "A! B? It should be 500 words long and sad. End.": "A! B? End.",  # what follows stays visible
-        "Dr. Who at 3.5 miles, 200 words long": "Dr. Who at 3.5 miles",  # a number and a title end no sentence
+        # what follows stays visible
+        "A! B? It should be 500 words long and sad. End.": "A! B? End.",
+        # a number and a title end no sentence
+        "Dr. Who at 3.5 miles, 200 words long": "Dr. Who at 3.5 miles",
     }
     for case in GOLDEN_SQ["prompt_strip"]:
-        assert judge.strip_length_sentence(case["prompt"]) == departures.get(
+        assert rewards.strip_length_sentence(case["prompt"]) == departures.get(
             case["prompt"], case["stripped"]
         )
 
@@ -137,9 +132,9 @@ def test_golden_prompt_strip_but_for_the_departures():
     ],
 )
 def test_length_sentence(prompt, words, stripped):
-    assert judge.requested_words(prompt) == words
-    assert judge.strip_length_sentence(prompt) == stripped
-    assert judge.strip_length_sentence(stripped) == stripped
+    assert rewards.requested_words(prompt) == words
+    assert rewards.strip_length_sentence(prompt) == stripped
+    assert rewards.strip_length_sentence(stripped) == stripped
 
 
 SENTENCES = st.lists(
@@ -153,11 +148,11 @@ SENTENCES = st.lists(
 def test_only_the_length_sentence_is_hidden(before, words, after):
     prompt = " ".join([*before, f"The story should be {words:,} words long.", *after])
     if before or after:
-        assert judge.strip_length_sentence(prompt) == " ".join(before + after)
-    assert judge.requested_words(prompt) == words
+        assert rewards.strip_length_sentence(prompt) == " ".join(before + after)
+    assert rewards.requested_words(prompt) == words
 
 
-# ------------------------------------------------------------------------------------------------ rubric and composite
+# ----------------------------------------------------------------------------- rubric and composite
 
 
 def test_composite_equals_the_release():
@@ -197,26 +192,24 @@ def test_one_table_makes_prompt_schema_and_score():
         for part in (d.name, d.measures, d.excludes, *d.bands, f"(0-{d.max})"):
             assert part in text
         assert schema["properties"][d.key]["properties"]["score"]["maximum"] == d.max
-    assert (
-        judge.story_quality(
-            {k: 0 for k in NEGATIVE} | maxima | {"PENALTY": 0} | {k: 0 for k in NEGATIVE}
-        )
-        == 1.08
-    )
+    best = maxima | {"PENALTY": 0} | {k: 0 for k in NEGATIVE}
+    assert judge.story_quality(best) == 1.08
     assert judge.story_quality(maxima | {k: 0 for k in (*POSITIVE, "BONUS")}) == -1.59
-    assert [judge.label(x) for x in (-159, 14, 15, 34, 35, 54, 55, 74, 75, 108)] == [
-        "very_poor", "very_poor", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent",
-    ]  # fmt: skip
+    names = [judge.label(x) for x in (-159, 14, 15, 34, 35, 54, 55, 74, 75, 108)]
+    labels = ("very_poor", "poor", "fair", "good", "excellent")
+    assert names == [name for name in labels for _ in range(2)]
 
 
-# ------------------------------------------------------------------------------------------------ the parser
+# --------------------------------------------------------------------------------------- the parser
 
 
 def test_release_formats_around_a_verdict():
-    totals = '{"positive_total": 70, "negative_total": 20, "bonus_total": 4, "penalty_total": 1, "overall_score": 12}'
-    full = json.dumps(
-        verdict_with(P1=15, P2=20, P5=20, P3=15, N2=20, BONUS=4, PENALTY=1)
-    )  # the same totals, by dimension
+    totals = (
+        '{"positive_total": 70, "negative_total": 20, "bonus_total": 4, "penalty_total": 1, '
+        '"overall_score": 12}'
+    )
+    # the same totals, by dimension
+    full = json.dumps(verdict_with(P1=15, P2=20, P5=20, P3=15, N2=20, BONUS=4, PENALTY=1))
     readable = 0
     for case in GOLDEN_SQ["parse"]:
         with pytest.raises(VerdictError):
@@ -280,16 +273,23 @@ def test_refused_with_the_reason(change, reason):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no verdict"), ("null", "no verdict"), ("The story is good.", "no verdict"), ("[[[[", "no verdict"),
-        (GOOD[:-400], "cannot be read"), (GOOD[: len(GOOD) // 3], "cannot be read"),
-        ("{" * 100_000, "cannot be read"), ('{"a":' * 30_000, "cannot be"), ('{"P1": ' + "[" * 90_000, "cannot be"),
-        ('{"\\', "cannot be read"), ('{"' + '\\"' * 90_000, "cannot be read"),
+        ("", "no verdict"),
+        ("null", "no verdict"),
+        ("The story is good.", "no verdict"),
+        ("[[[[", "no verdict"),
+        (GOOD[:-400], "cannot be read"),
+        (GOOD[: len(GOOD) // 3], "cannot be read"),
+        ("{" * 100_000, "cannot be read"),
+        ('{"a":' * 30_000, "cannot be"),
+        ('{"P1": ' + "[" * 90_000, "cannot be"),
+        ('{"\\', "cannot be read"),
+        ('{"' + '\\"' * 90_000, "cannot be read"),
         (GOOD + json.dumps(verdict_with(P1=15)), "2 different verdicts"),
         (GOOD.replace('"P2"', '"P1"'), "occurs twice"),
         (GOOD.replace('"score": ', '"score": 1e999, "x": ', 1), "inf, no"),
         ("x" * 200_001, "200001 characters"),
     ],
-)  # fmt: skip
+)
 def test_unreadable_answers(text, reason):
     begin = time.monotonic()
     with pytest.raises(VerdictError, match=re.escape(reason)):
@@ -317,22 +317,18 @@ def test_quotes_are_looked_up():
         ).quote_accuracy
 
     assert accuracy() is None
-    assert (
-        accuracy(P1=(9, ["she said. The sea"])) == 1.0
-    )  # punctuation, line breaks and quotation marks may differ
+    # punctuation, line breaks and quotation marks may differ
+    assert accuracy(P1=(9, ["she said. The sea"])) == 1.0
     assert accuracy(P1=(9, ["DON'T GO", "sea & the moor", "she said ... lay still"])) == 1.0
     assert accuracy(P1=(9, ["she said", "the moon lay still"])) == 0.5
-    assert (
-        accuracy(P1=(9, ["ea amp th"])) == accuracy(P1=(9, ["***", "..."])) == 0.0
-    )  # whole words only
+    assert accuracy(P1=(9, ["ea amp th"])) == 0.0  # whole words only
+    assert accuracy(P1=(9, ["***", "..."])) == 0.0
     assert accuracy(N1=(3, [])) == 0.0  # a negative owes a quote ...
-    assert (
-        accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None
-    )  # ... a positive and a slight bonus do not
+    # ... a positive and a slight bonus do not
+    assert accuracy(P1=(3, []), N1=(0, []), BONUS=(1, [])) is None
     assert accuracy(BONUS=(2, []), N2=(1, ["lay still"])) == 0.5
-    assert (
-        judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03
-    )  # the score counts all the same
+    # the score counts all the same
+    assert judge.parse_verdict(json.dumps(verdict_with(N1=3)), "").score == -0.03
 
 
 ODD_VALUES = [
@@ -378,7 +374,7 @@ SPLICES = [
 @given(st.integers(0, 2**62))
 @settings(derandomize=True, deadline=None, max_examples=9500, database=None)
 def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
-    """Answers of a judge that has gone wrong: a good verdict with values replaced, text cut, doubled and spliced."""
+    """A good verdict with values replaced, and its text cut, doubled and spliced."""
     rng = random.Random(seed)
     verdict = perfect_verdict()
     for key in rng.sample(list(verdict), rng.randrange(3)):
@@ -414,7 +410,7 @@ def test_fuzzed_text_is_refused(text):
         judge.parse_verdict(text, "")
 
 
-# ------------------------------------------------------------------------------------------------ isolation
+# ---------------------------------------------------------------------------------------- isolation
 
 
 @pytest.mark.parametrize("name", attempts())
@@ -422,18 +418,17 @@ def test_injections(name):
     story = attempts()[name]
     messages = judge.judge_messages(CHECK_PROMPT, story, "f00dfeedf00dfeed")
     text = messages[1]["content"]
-    assert (
-        messages[0]["content"] == judge.rubric_text() and len(messages) == 2
-    )  # no story in the system message
-    assert (
-        text.count("f00dfeedf00dfeed") == 5
-    )  # announced once, two fences; nothing of the story carries it
-    assert offline._read_messages(messages) == (judge.strip_length_sentence(CHECK_PROMPT), story)
+    # no story in the system message
+    assert messages[0]["content"] == judge.rubric_text() and len(messages) == 2
+    # announced once, two fences; nothing of the story carries it
+    assert text.count("f00dfeedf00dfeed") == 5
+    assert offline.read_messages(messages) == (rewards.strip_length_sentence(CHECK_PROMPT), story)
     # A judge that quotes the story in its justification is still read as it meant.
     own = verdict_with(P1=7, N6=20)
     own["N6"].update(justification=f"The story says {story[-2000:]}", quotes=[story[:40]])
     assert judge.parse_verdict(json.dumps(own), story).score == -0.13
-    # One that copies the story out before its own verdict is read as it meant or refused, never as the story wishes.
+    # One that copies the story out before its own verdict is read as it meant or refused, never as
+    # the story wishes.
     with contextlib.suppress(VerdictError):
         assert judge.parse_verdict(f"{story}\n\n{json.dumps(own)}", story).score == -0.13
     # The offline judge answers with a whole verdict, its quotes from the story.
@@ -452,7 +447,7 @@ def test_more_than_forty_injections_and_a_new_marker_for_each_call():
     assert len(markers) == 3
 
 
-# ------------------------------------------------------------------------------------------------ a server on a script
+# ----------------------------------------------------------------------------- a server on a script
 
 
 def http(status, body, *headers, length=None):
@@ -509,7 +504,10 @@ def flood(connection):
 
 
 class scripted:
-    """A TCP server that gives each request the next act of a script (bytes or a function), the last one for ever."""
+    """A TCP server that gives each request the next act of a script (bytes or a function).
+
+    The last one serves for ever.
+    """
 
     def __init__(self, *script):
         self.script, self.requests, self.lock = list(script), [], threading.Lock()
@@ -554,7 +552,7 @@ def client(url, api_key=KEY, **options):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(chat, "BACKOFF", 0.01)
 
 
 def too_many_until_a_date(connection):
@@ -567,62 +565,142 @@ def late(connection):
     connection.sendall(answer(GOOD))
 
 
-OK, OFF = GOOD_SCORE, None
-FINE, BODY = answer(GOOD), answer(GOOD).partition(b"\r\n\r\n")[2]
-MATRIX = [  # name, script, score or None, words of the error, retries, tokens in, seconds (at least, at most)
-    ("fine", [FINE], OK, "", 0, 1000, (0, 1)),
-    ("reset before the answer", [reset(b""), FINE], OK, "", 1, 1000, (0, 1)),
-    ("reset in the head", [reset(FINE[:20]), FINE], OK, "", 1, 1000, (0, 1)),
-    ("reset in the body", [reset(FINE[:900]), FINE], OK, "", 1, 1000, (0, 1)),
-    ("closed in the body", [lambda c: c.sendall(FINE[:900]), FINE], OK, "", 1, 1000, (0, 1)),
-    ("always reset", [reset(b"HTTP/1.1 200")], OFF, "no connection", 2, 0, (0, 1)),
-    ("silent once", [silence, FINE], OK, "", 1, 1000, (0.5, 1.5)),
-    ("silent", [silence], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
-    ("dripping head", [drip(FINE, 0.05)], OFF, "no answer within 0.6 s", 2, 0, (1.8, 2.6)),
-    ("dripping body", [drip(http(200, b"{}" * 999, length=9999), 0.02)], OFF, "within 0.6 s", 2, 0, (1.8, 2.6)),
-    ("slow but in time", [late], OK, "", 0, 1000, (0.3, 1.0)),
-    ("429", [http(429, ""), http(429, ""), FINE], OK, "", 2, 1000, (0, 1)),
-    ("429, Retry-After", [http(429, "", "Retry-After: 0.7"), FINE], OK, "", 1, 1000, (0.7, 1.3)),
-    ("429, Retry-After date", [too_many_until_a_date, FINE], OK, "", 1, 1000, (0.9, 3)),
-    ("429, Retry-After nonsense", [http(429, "", "Retry-After: tomorrow"), FINE], OK, "", 1, 1000, (0, 1)),
-    ("429 for ever", [http(429, '{"error": {"message": "slow down"}}')], OFF, "HTTP 429: slow down", 2, 0, (0, 1)),
-    ("408, 409", [http(408, ""), http(409, ""), FINE], OK, "", 2, 1000, (0, 1)),
-    ("500, 502", [http(500, "oops"), http(502, "<html>"), FINE], OK, "", 2, 1000, (0, 1)),
-    ("503 for ever", [http(503, "<html>\n<b>busy</b></html>")], OFF, "HTTP 503: <html> <b>busy</b>", 2, 0, (0, 1)),
-    ("400", [http(400, '[{"error": {"message": "context too long"}}]')], OFF, "400: context too long", 0, 0, (0, 1)),
-    ("HTML", [http(200, "<html>login</html>", "Content-Type: text/html")], OFF, "text/html: <html>login", 1, 0, (0, 1)),
-    ("HTML once", [http(200, "<html>"), FINE], OK, "", 1, 1000, (0, 1)),
-    ("empty body", [http(200, "")], OFF, "HTTP 200 without JSON (no content type: (empty))", 1, 0, (0, 1)),
-    ("204", [b"HTTP/1.1 204 No Content\r\n\r\n"], OFF, "HTTP 204", 0, 0, (0, 1)),
-    ("truncated envelope", [http(200, '{"choices": [{"mess')], OFF, "without JSON", 1, 0, (0, 1)),
-    ("other JSON", [http(200, '{"detail": "no such route"}')], OFF, "without an answer", 1, 0, (0, 1)),
-    ("array", [http(200, "[1, 2]")], OFF, "without an answer", 1, 0, (0, 1)),
-    ("error in a 200", [http(200, '{"error": {"message": "upstream died"}}')], OFF, "upstream died", 1, 0, (0, 1)),
-    ("null content", [answer(None)], OFF, "empty or unfinished", 1, 2000, (0, 1)),
-    ("empty content", [answer("  ")], OFF, "empty or unfinished", 1, 2000, (0, 1)),
-    ("content in parts", [answer([{"type": "text", "text": GOOD}])], OK, "", 0, 1000, (0, 1)),
-    ("out of tokens", [answer(GOOD, finish_reason="length")], OFF, "(length)", 1, 2000, (0, 1)),
-    ("truncated verdict", [answer(GOOD[:-99])], OFF, "no verdict", 1, 2000, (0, 1)),
-    ("wrong schema", [answer('{"P1": 3}')], OFF, "dimensions missing: P2", 1, 2000, (0, 1)),
-    ("wrong schema once", [answer('{"rating": "good"}'), FINE], OK, "", 1, 2000, (0, 1)),
-    ("out of range", [answer(json.dumps(verdict_with(P1=10**9, N8=-5)))], 0.15, "", 0, 1000, (0, 1)),
-    ("NaN", [answer(GOOD.replace('"score": 0', '"score": NaN', 1))], OFF, "NaN is no score", 1, 2000, (0, 1)),
-    ("50 MB", [flood], OFF, "more than 4 MiB", 1, 0, (0, 3)),
-    ("wrong content type", [http(200, BODY, "Content-Type: image/png")], OK, "", 0, 1000, (0, 1)),
-    ("redirect", [http(307, "", "Location: http://127.0.0.1:9/")], OFF, "redirect to http://127.0.0.1:9", 0, 0, (0, 1)),
-    ("not HTTP", [b"SSH-2.0-OpenSSH_9\r\n" * 3], OFF, "no connection", 2, 0, (0, 1)),
-    ("endless headers", [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500], OFF, "no connection", 2, 0, (0, 1)),
-    ("bad length", [b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}"], OFF, "no connection", 2, 0, (0, 1)),
-    ("bad gzip", [http(200, "plain", "Content-Encoding: gzip")], OFF, "no connection", 2, 0, (0, 1)),
-    ("surrogates", [http(200, BODY.replace(b"prose", b"\\ud800"))], OK, "", 0, 1000, (0, 1)),
-]  # fmt: skip
+FINE = answer(GOOD)
+BODY = FINE.partition(b"\r\n\r\n")[2]
 
 
-@pytest.mark.parametrize(
-    ("script", "score", "words", "retries", "tokens", "seconds"),
-    [row[1:] for row in MATRIX],
-    ids=[row[0] for row in MATRIX],
-)
+def case(name, *script, error="", score=GOOD_SCORE, retries=0, tokens=None, seconds=(0, 1)):
+    """A script and what comes of it. With words of an error there is no score, and nothing paid."""
+    paid = tokens if tokens is not None else 0 if error else 1000
+    wanted = None if error else score
+    return pytest.param(script, wanted, error, retries, paid, seconds, id=name)
+
+
+MATRIX = [
+    case("fine", FINE),
+    case("reset before the answer", reset(b""), FINE, retries=1),
+    case("reset in the head", reset(FINE[:20]), FINE, retries=1),
+    case("reset in the body", reset(FINE[:900]), FINE, retries=1),
+    case("closed in the body", lambda c: c.sendall(FINE[:900]), FINE, retries=1),
+    case("always reset", reset(b"HTTP/1.1 200"), error="no connection", retries=2),
+    case("silent once", silence, FINE, retries=1, seconds=(0.5, 1.5)),
+    case("silent", silence, error="no answer within 0.6 s", retries=2, seconds=(1.8, 2.6)),
+    case(
+        "dripping head",
+        drip(FINE, 0.05),
+        error="no answer within 0.6 s",
+        retries=2,
+        seconds=(1.8, 2.6),
+    ),
+    case(
+        "dripping body",
+        drip(http(200, b"{}" * 999, length=9999), 0.02),
+        error="within 0.6 s",
+        retries=2,
+        seconds=(1.8, 2.6),
+    ),
+    case("slow but in time", late, seconds=(0.3, 1.0)),
+    case("429", http(429, ""), http(429, ""), FINE, retries=2),
+    case(
+        "429, Retry-After", http(429, "", "Retry-After: 0.7"), FINE, retries=1, seconds=(0.7, 1.3)
+    ),
+    case("429, Retry-After date", too_many_until_a_date, FINE, retries=1, seconds=(0.9, 3)),
+    case("429, Retry-After nonsense", http(429, "", "Retry-After: tomorrow"), FINE, retries=1),
+    case(
+        "429 for ever",
+        http(429, '{"error": {"message": "slow down"}}'),
+        error="HTTP 429: slow down",
+        retries=2,
+    ),
+    case("408, 409", http(408, ""), http(409, ""), FINE, retries=2),
+    case("500, 502", http(500, "oops"), http(502, "<html>"), FINE, retries=2),
+    case(
+        "503 for ever",
+        http(503, "<html>\n<b>busy</b></html>"),
+        error="HTTP 503: <html> <b>busy</b>",
+        retries=2,
+    ),
+    case(
+        "400",
+        http(400, '[{"error": {"message": "context too long"}}]'),
+        error="400: context too long",
+    ),
+    case(
+        "HTML",
+        http(200, "<html>login</html>", "Content-Type: text/html"),
+        error="text/html: <html>login",
+        retries=1,
+    ),
+    case("HTML once", http(200, "<html>"), FINE, retries=1),
+    case(
+        "empty body",
+        http(200, ""),
+        error="HTTP 200 without JSON (no content type: (empty))",
+        retries=1,
+    ),
+    case("204", b"HTTP/1.1 204 No Content\r\n\r\n", error="HTTP 204"),
+    case("truncated envelope", http(200, '{"choices": [{"mess'), error="without JSON", retries=1),
+    case(
+        "other JSON", http(200, '{"detail": "no such route"}'), error="without an answer", retries=1
+    ),
+    case("array", http(200, "[1, 2]"), error="without an answer", retries=1),
+    case(
+        "error in a 200",
+        http(200, '{"error": {"message": "upstream died"}}'),
+        error="upstream died",
+        retries=1,
+    ),
+    case("null content", answer(None), error="empty or unfinished", retries=1, tokens=2000),
+    case("empty content", answer("  "), error="empty or unfinished", retries=1, tokens=2000),
+    case("content in parts", answer([{"type": "text", "text": GOOD}])),
+    case(
+        "out of tokens",
+        answer(GOOD, finish_reason="length"),
+        error="(length)",
+        retries=1,
+        tokens=2000,
+    ),
+    case("truncated verdict", answer(GOOD[:-99]), error="no verdict", retries=1, tokens=2000),
+    case(
+        "wrong schema", answer('{"P1": 3}'), error="dimensions missing: P2", retries=1, tokens=2000
+    ),
+    case("wrong schema once", answer('{"rating": "good"}'), FINE, retries=1, tokens=2000),
+    case("out of range", answer(json.dumps(verdict_with(P1=10**9, N8=-5))), score=0.15),
+    case(
+        "NaN",
+        answer(GOOD.replace('"score": 0', '"score": NaN', 1)),
+        error="NaN is no score",
+        retries=1,
+        tokens=2000,
+    ),
+    case("50 MB", flood, error="more than 4 MiB", retries=1, seconds=(0, 3)),
+    case("wrong content type", http(200, BODY, "Content-Type: image/png")),
+    case(
+        "redirect",
+        http(307, "", "Location: http://127.0.0.1:9/"),
+        error="redirect to http://127.0.0.1:9",
+    ),
+    case("not HTTP", b"SSH-2.0-OpenSSH_9\r\n" * 3, error="no connection", retries=2),
+    case(
+        "endless headers",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500,
+        error="no connection",
+        retries=2,
+    ),
+    case(
+        "bad length",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}",
+        error="no connection",
+        retries=2,
+    ),
+    case(
+        "bad gzip", http(200, "plain", "Content-Encoding: gzip"), error="no connection", retries=2
+    ),
+    case("surrogates", http(200, BODY.replace(b"prose", b"\\ud800"))),
+]
+
+
+@pytest.mark.parametrize(("script", "score", "words", "retries", "tokens", "seconds"), MATRIX)
 def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
     with scripted(*script) as server, client(server.url, price_in=2.0, price_out=10.0) as judging:
         begin = time.monotonic()
@@ -658,7 +736,7 @@ def test_ask_is_the_same_transport_for_any_chat(quick):
         def refuse(text):
             raise VerdictError(f"{text} is no fox")
 
-        with pytest.raises(judge.CallFailed, match="Rufus is no fox") as caught:
+        with pytest.raises(chat.CallFailed, match="Rufus is no fox") as caught:
             judging.ask(messages, parse=refuse)
         assert (caught.value.kind, caught.value.raw, caught.value.usage) == (
             "unusable",
@@ -705,7 +783,7 @@ def test_refusals_stop_everything_at_once_and_hide_the_key(quick, status):
 
 
 def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.4)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.4)
     with scripted(reset(b"")) as server, client(server.url, concurrency=8) as judging:
         begin = time.monotonic()
         futures = [judging.submit("p", str(i)) for i in range(500)]
@@ -717,24 +795,23 @@ def test_circuit_opens_for_a_dead_judge(quick, monkeypatch):
 
 
 def test_circuit_opens_for_a_silent_judge_and_stays_shut_for_a_working_one(quick, monkeypatch):
-    monkeypatch.setattr(judge, "BREAKER_FAILURES", 4)
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.3)
+    monkeypatch.setattr(chat, "BREAKER_FAILURES", 4)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.3)
     with scripted(silence) as server, client(server.url, timeout=0.4) as judging:
         for future in [
             judging.submit("p", str(i)) for i in range(8)
         ]:  # four at once: their first time-outs are enough
             with pytest.raises(ChatStop):
                 future.result(timeout=3)
-    monkeypatch.setattr(judge, "BACKOFF", 0.0)
-    monkeypatch.setattr(judge, "BREAKER_SECONDS", 0.0)
+    monkeypatch.setattr(chat, "BACKOFF", 0.0)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.0)
     pattern = [reset(b""), reset(b""), reset(b""), http(503, "")] * 30
     with (
         scripted(*pattern, answer(GOOD)) as server,
         client(server.url, concurrency=1, retries=200) as judging,
     ):
-        assert (
-            judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE
-        )  # a 503 is a sign of life
+        # a 503 is a sign of life
+        assert judging.submit("p", "s").result(timeout=20).score == GOOD_SCORE
 
 
 def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_path):
@@ -762,7 +839,7 @@ def test_random_faults_fail_exactly_the_rows_that_the_server_logged(quick, tmp_p
     assert all(v.dimensions == {} and v.error for v in verdicts.values() if v.score is None)
 
 
-# ------------------------------------------------------------------------------------------------ pace
+# --------------------------------------------------------------------------------------------- pace
 
 
 class counting:
@@ -815,7 +892,10 @@ def test_connections_are_reused():
 
 def test_a_process_ends_though_its_judge_is_silent():
     with scripted(silence) as server:
-        code = f"import judge; j = judge.Judge({server.url!r}, 'm'); j.submit('p', 's'); import time; time.sleep(0.3)"
+        code = (
+            f"import judge; j = judge.Judge({server.url!r}, 'm'); j.submit('p', 's'); "
+            "import time; time.sleep(0.3)"
+        )
         begin = time.monotonic()
         subprocess.run(
             [sys.executable, "-c", code], cwd=Path(judge.__file__).parent, check=True, timeout=20
@@ -841,7 +921,7 @@ def test_close_leaves_no_idle_thread():
         assert not any(thread.is_alive() for thread in threads)
 
 
-# ------------------------------------------------------------------------------------------------ cache and key
+# ------------------------------------------------------------------------------------ cache and key
 
 
 def test_nothing_is_paid_twice(quick, tmp_path):
@@ -849,14 +929,12 @@ def test_nothing_is_paid_twice(quick, tmp_path):
     script = [answer("{}"), answer("{}"), answer(GOOD)]
     with scripted(*script) as server:
         with client(server.url, cache=cache) as judging:
-            assert (
-                judging.submit("Write. It should be 90 words long.", "s").result().score is None
-            )  # failures are not kept
-            first = judging.submit("Write. It should be 90 words long.", "s").result()
+            prompt = "Write. It should be 90 words long."
+            assert judging.submit(prompt, "s").result().score is None  # failures are not kept
+            first = judging.submit(prompt, "s").result()
         with client(server.url, cache=cache) as judging:
-            again = judging.submit(
-                "Write. It should be 1,200 words long.", "s"
-            ).result()  # the judge sees the same
+            # the judge sees the same
+            again = judging.submit("Write. It should be 1,200 words long.", "s").result()
             assert (again.score, again.raw, again.cached) == (first.score, first.raw, True)
             assert judging.stats()["calls"] == 0 and judging.stats()["cached"] == 1
             assert len(server.requests) == 3
@@ -883,7 +961,8 @@ def test_the_cache_is_safe_for_four_processes(tmp_path):
     with scripted(answer(GOOD)) as server:
         code = (
             f"import judge; j = judge.Judge({server.url!r}, 'm', cache={str(cache)!r})\n"
-            "v = [f.result() for f in [j.submit('p', str(i % 60)) for i in range(120)]]; j.close()\n"
+            "futures = [j.submit('p', str(i % 60)) for i in range(120)]\n"
+            "v = [f.result() for f in futures]; j.close()\n"
             "print(sum(x.score is not None for x in v))"
         )
         command = [sys.executable, "-c", code]
@@ -911,12 +990,12 @@ def test_keys(monkeypatch):
         "http://[::1]:80/v1",
         "http://gpu7/v1",
     ):
-        assert judge.api_key("JUDGE_API_KEY", url) is None
+        assert chat.api_key("JUDGE_API_KEY", url) is None
     for url in ("https://api.openai.com/v1", "https://8.8.8.8/v1"):
         with pytest.raises(ChatStop, match="export JUDGE_API_KEY"):
-            judge.api_key("JUDGE_API_KEY", url)
+            chat.api_key("JUDGE_API_KEY", url)
     monkeypatch.setenv("JUDGE_API_KEY", KEY + "\n")
-    assert judge.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
+    assert chat.api_key("JUDGE_API_KEY", "https://api.openai.com/v1") == KEY
     judging = Judge("https://api.openai.com/v1", "m", KEY)
     assert KEY not in repr(judging) + str(judging.stats())
     for bad in ("two words", "line\nbreak", "ключ"):
@@ -937,7 +1016,7 @@ def test_keys(monkeypatch):
 def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login other password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    monkeypatch.setattr(judge, "is_local", lambda url: False)
+    monkeypatch.setattr(chat, "is_local", lambda url: False)
     own = verdict_with(P1=3)
     own["P1"]["justification"] = f"Your key is {KEY}."
     with (
@@ -956,13 +1035,73 @@ def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, m
         assert b"uthorization" not in server.requests[0]  # not even one from .netrc
 
 
-# ------------------------------------------------------------------------------------------------ the offline judge
+# ------------------------------------------------------------------------------------------ options
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    chat.add_options(parser, "llm", chat.ChatOptions(model="m", key_env="LLM_KEY"))
+    return chat.options_from(vars(parser.parse_args(arguments)), "llm")
+
+
+def test_every_option_reaches_the_request(monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    extra = '{"top_k": 3, "stop": null}'
+    with scripted(answer("Rufus", "Connection: close")) as server:
+        options = parsed(
+            *("--llm-url", server.url, "--llm-model", "fox", "--llm-key-env", "OTHER_KEY"),
+            *("--llm-extra", extra, "--llm-price-in", "2", "--llm-price-out", "10"),
+        )
+        with contextlib.closing(options.open(chat.Chat)) as talking:
+            assert talking.ask([])[0] == "Rufus"
+            assert talking.stats()["dollars"] == pytest.approx(1000 * 2e-6 + 100 * 1e-5)
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    assert f"Bearer {KEY}".encode() in head
+    assert json.loads(body) == {"model": "fox", "top_k": 3, "messages": []}
+    with scripted(silence, silence, http(503, "")) as server:
+        limits = ("--llm-timeout", "0.2", "--llm-retries", "1", "--llm-concurrency", "2")
+        with contextlib.closing(parsed("--llm-url", server.url, *limits).open(Judge)) as judging:
+            for future in [judging.submit("p", str(i)) for i in range(5)]:
+                assert future.result(timeout=20).score is None
+            assert len(judging._threads) == 2 and len(server.requests) == 10
+
+
+@pytest.mark.parametrize("extra", ["", "{", "[1]", "null", '{"a": }'])
+def test_extra_fields_that_are_no_object_are_refused_by_name(extra):
+    with pytest.raises(ValueError, match=re.escape(f"--llm-extra {extra!r}: write a JSON object")):
+        parsed("--llm-extra", extra)
+
+
+def test_nobody_but_the_judge_speaks_of_a_judge(quick, monkeypatch):
+    monkeypatch.setattr(chat, "BREAKER_FAILURES", 1)
+    monkeypatch.setattr(chat, "BREAKER_SECONDS", 0.0)
+    said = []
+    for act in (http(401, "no"), reset(b"")):
+        with scripted(act) as server, contextlib.closing(chat.Chat(server.url, "m")) as talking:
+            with pytest.raises(ChatStop) as caught:
+                talking.ask([])
+            said.append(str(caught.value))
+    for url, env in (("https://host.org/v1", "NO_SUCH_KEY"), ("host", "NO_SUCH_KEY")):
+        with pytest.raises((ChatStop, ValueError)) as caught:
+            chat.ChatOptions(url, "m", env).open(chat.Chat)
+        said.append(str(caught.value))
+    assert len(said) == 4 and "judge" not in " ".join(said).lower()
+
+
+def test_errors_of_background_work_reach_the_result():
+    with contextlib.closing(chat.Chat("http://localhost:1/v1", "m", concurrency=1)) as talking:
+        with pytest.raises(ZeroDivisionError):
+            talking.start(lambda: 1 // 0).result(timeout=5)
+        assert talking.start(max, 3, 4).result(timeout=5) == 4  # its thread lives on
+
+
+# -------------------------------------------------------------------------------- the offline judge
 
 PROMPT = "Write a story about a fox, a lantern and the mill. The story should be 60 words long."
 TALE = (
-    "A young fox lived by the old mill and had never seen a lantern. One night a light shone on the river. "
-    '"Who is there?" asked the fox. An owl held up the lantern and said, "Only a friend." They walked home together '
-    "along the water, and the mill was not so dark again."
+    "A young fox lived by the old mill and had never seen a lantern. One night a light shone on "
+    'the river. "Who is there?" asked the fox. An owl held up the lantern and said, "Only a '
+    'friend." They walked home together along the water, and the mill was not so dark again.'
 )
 
 
@@ -983,34 +1122,23 @@ def test_the_offline_judge_orders_drafts():
     assert sq(TALE) > sq(shuffled) + 0.3 > sq(letters) + 0.3
     assert sq(letters) < -0.2 and sq("") < -0.5 and sq("?!… — ...") < -0.5
     assert sq(TALE[: len(TALE) * 2 // 3]) < sq(TALE) - 0.05
-    assert (
-        sq(TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man"))
-        < sq(TALE) - 0.1
-    )  # off the prompt
+    off_the_prompt = TALE.replace("lantern", "book").replace("mill", "sea").replace("fox", "man")
+    assert sq(off_the_prompt) < sq(TALE) - 0.1
     assert sq(TALE.lower().replace(".", "")) < sq(TALE) - 0.15
     assert sq(TALE.replace('"', "", 1)) < sq(TALE) - 0.03  # an unpaired quotation mark
     assert sq(f"{TALE} {TALE}") < sq(TALE) - 0.3
     assert sq(" ".join([*sentences[:3], sentences[2], *sentences[3:]])) < sq(TALE)
     assert sq(" ".join([sentences[0]] * 6)) < 0.1
     assert sq("fox lantern mill " * 20) < 0 and sq("Fox, lantern, mill.") < sq(TALE) - 0.2
-    assert (
-        sq(
-            " ".join(
-                "zorp" if i % 3 == 0 else "brrk" if i % 3 == 1 else w for i, w in enumerate(words)
-            )
-        )
-        < 0.2
-    )
+    thirds = {0: "zorp", 1: "brrk"}
+    nonsense = [thirds.get(i % 3, word) for i, word in enumerate(words)]
+    assert sq(" ".join(nonsense)) < 0.2
 
 
 def test_the_offline_judge_does_not_pay_for_length():
     parts = CHECK_STORY.split("\n\n")
-    stories = [
-        TALE,
-        "\n\n".join(parts[:4]),
-        CHECK_STORY,
-        f"{CHECK_STORY}\n\n{TALE}",
-    ]  # 55 to 250 words
+    # 55 to 250 words
+    stories = [TALE, "\n\n".join(parts[:4]), CHECK_STORY, f"{CHECK_STORY}\n\n{TALE}"]
     scores = [sq(story, prompt="") for story in stories]
     assert max(scores) - min(scores) < 0.1
 
@@ -1027,7 +1155,7 @@ def test_the_offline_judge_is_linear_in_hostile_text():
         "." * 99_999,
     ):
         offline.offline_verdict(PROMPT, "A fox. " + text + " b")
-        judge.reward(0.0, text, 100, 10, 0, True)
+        rewards.reward(0.0, text, 100, 10, 0, True)
         judge.parse_verdict(GOOD, text)
     assert time.monotonic() - begin < 8
 
@@ -1067,9 +1195,8 @@ def test_serve_with_the_openai_client():
             and reply.choices[0].finish_reason == "stop"
             and reply.model == "offline"
         )
-        parts = [
-            {"role": "user", "content": [{"type": "text", "text": TALE}]}
-        ]  # a story on its own, in parts
+        # a story on its own, in parts
+        parts = [{"role": "user", "content": [{"type": "text", "text": TALE}]}]
         reply = api.chat.completions.create(model="offline", messages=parts)
         assert judge.parse_verdict(reply.choices[0].message.content, TALE).score == sq(TALE, "")
         for bad in ({"messages": []}, {"messages": "text"}):
@@ -1082,7 +1209,10 @@ def test_serve_with_the_openai_client():
 
 
 def test_the_server_goes_with_a_killed_parent():
-    code = "import judge, os; p, url = judge.start_stand_in(); print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+    code = (
+        "import judge, os; p, url = judge.start_stand_in(); "
+        "print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(judge.__file__).parent,
@@ -1105,7 +1235,7 @@ def test_the_server_goes_with_a_killed_parent():
     pytest.fail(f"the server {pid} is still there")
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def test_check_prints_what_a_judge_is_worth():
@@ -1150,12 +1280,13 @@ def test_bad_input_is_explained(quick, tmp_path, monkeypatch):
         (["check", "--judge-url", dead], "refused"),
         (["check", "--judge-url", "localhost:1"], "http(s)://host"),
         (["score", str(tmp_path / "none.txt")], "none.txt"),
-        (["serve", "--faults", "fire:0.5"], "NAME:SHARE"),
-        (["serve", "--faults", "500:0.9,429:0.9"], "more than 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["judge.py", *args])
         with pytest.raises(SystemExit, match=re.escape(words)):
             judge.main()
+    for faults, words in (("fire:0.5", "NAME:SHARE"), ("500:0.9,429:0.9", "more than 1")):
+        run = run_cli("serve", "--faults", faults)
+        assert run.returncode != 0 and words in run.stderr
 
 
 def test_no_key_in_what_a_command_prints():
