@@ -284,9 +284,9 @@ def check(cfg: Config) -> None:
     except ValueError as e:
         raise ConfigError(f"sampling {e}") from None
     try:
-        cfg.judge.settings  # noqa: B018
+        _ = cfg.judge.extra_body
     except ValueError as e:
-        raise ConfigError(f"--judge-extra: {e}") from None
+        raise ConfigError(f"--judge-{e}") from None
     if cfg.group < (3 if cfg.anchor else 2):
         raise ConfigError(
             f"--group {cfg.group}: a group needs two rollouts for its statistics, "

@@ -14,12 +14,13 @@ stories; 4 interrupted, `stories` and `score` go on where they stopped.
 
 import argparse
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from chat import ChatOptions, ChatStop, add_options, api_key, options_from
+from chat import ChatOptions, ChatStop, add_options, options_from
 from evals.length import BUCKETS, length_bucket, length_table
 from evals.report import report, show
 from judge import Judge
@@ -71,14 +72,8 @@ def score_command(args: argparse.Namespace) -> int:
     if not options.url or not options.model:
         raise ValueError("score needs --judge-url and --judge-model")
     path = Path(args.stories)
-    key = api_key(options.key_env, options.url)
-    more = {"concurrency": options.concurrency, **options.settings}
-    cache = path.with_suffix(".judge.sqlite")
-    client = Judge(options.url, options.model, key, cache=cache, **more)
-    try:
+    with closing(options.open(Judge, cache=path.with_suffix(".judge.sqlite"))) as client:
         records = score(path, client)
-    finally:
-        client.close()
     bill = client.stats()
     judged = len([record for record in records if record["sq"] is not None])
     print(f"judged {judged}/{len(records)}: {bill['calls']} calls, ${bill['dollars']:.2f}")

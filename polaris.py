@@ -42,7 +42,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -57,7 +57,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import data
-from chat import ChatStop, api_key
+from chat import ChatStop
 from config import Config, ConfigError, flatten, parse
 from data import DataError, Example
 from evals.report import print_summary, report
@@ -408,29 +408,21 @@ def open_judge(cfg: Config, out: Path) -> Iterator[Judge]:
 
     Makes `out` once the judge has answered. ChatStop, on all ranks, if it cannot be reached.
     """
-    options, process = cfg.judge, None
-    if not options.url and dist.get_rank() == 0:
+    url, process = cfg.judge.url, None
+    if not url and dist.get_rank() == 0:
         process, url = start_stand_in()
-        options = replace(options, url=url)
-    options = from_rank_0(options)
-    key = api_key(options.key_env, options.url)
-    settings = dict(concurrency=options.concurrency, **options.settings)
+    options = replace(cfg.judge, url=from_rank_0(url))
 
     def probe() -> None:  # one rank asks for all
         if dist.get_rank() == 0:
-            judge = Judge(options.url, options.model, key, **settings)
-            judge.check()
-            judge.close()
+            with closing(options.open(Judge)) as judge:
+                judge.check()
 
     try:
         on_all_ranks(probe)
         out.mkdir(parents=True, exist_ok=True)
-        cache = out / "verdicts.sqlite"
-        judge = Judge(options.url, options.model, key, cache=cache, **settings)
-        try:
+        with closing(options.open(Judge, cache=out / "verdicts.sqlite")) as judge:
             yield judge
-        finally:
-            judge.close()
     finally:
         if process:
             process.stdin.close()  # it ends with it, as it does when this process is killed

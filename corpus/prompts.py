@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat import CallFailed, Chat, ChatOptions, ChatStop, api_key
+from chat import CallFailed, Chat, ChatOptions, ChatStop
 from data import MARKUP, DataError, Example
 from reward import requested_words
 
@@ -88,10 +88,8 @@ class Writer:
 
     def __init__(self, options: ChatOptions, cache: Path) -> None:
         try:
-            settings = options.settings
-            extra = {"temperature": 0.7, **settings.pop("extra_body")}
-            secret = api_key(options.key_env, options.url)
-            self.client = Chat(options.url, options.model, secret, extra_body=extra, **settings)
+            extra = {"temperature": 0.7, **options.extra_body}
+            self.client = replace(options, extra=json.dumps(extra)).open(Chat)
         except ValueError as error:
             raise DataError(f"an --llm option cannot be used: {error}") from None
         self.options = options
