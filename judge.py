@@ -38,7 +38,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chat import Answer, Chat, ChatOptions, ChatStop, Unusable, add_options, clean, options_from
+from chat import (
+    Answer,
+    Chat,
+    ChatOptions,
+    ChatStop,
+    Unusable,
+    add_options,
+    clean,
+    options_from,
+    without_thinking,
+)
 from reward import strip_length_sentence, unescape
 
 # -------------------------------------------------------------------------------------- the rubric
@@ -421,6 +431,8 @@ def parse_verdict(text: str, story: str, rubric: Rubric = STORY_QUALITY) -> Verd
     must hold all dimensions; two that differ are refused, since nothing says which one counts.
     Scores out of range are clamped, catch-alls may be absent (0), totals are ignored.
     """
+    raw = text
+    text = without_thinking(text)
     if len(text) > 200_000:
         raise VerdictError(f"an answer of {len(text)} characters is no verdict")
     objects, fault = _json_objects(text)
@@ -437,7 +449,7 @@ def parse_verdict(text: str, story: str, rubric: Rubric = STORY_QUALITY) -> Verd
         raise VerdictError(f"{len(whole)} different verdicts in one answer")
     scores = {key: entry["score"] for key, entry in entries.items()}
     accuracy = _quote_accuracy(entries, story, rubric)
-    return Verdict(rubric.score(scores), *rubric.totals(scores), entries, accuracy, raw=text)
+    return Verdict(rubric.score(scores), *rubric.totals(scores), entries, accuracy, raw=raw)
 
 
 # A comma before a closing bracket, outside strings: a string is matched first, whole, and put back.
@@ -560,7 +572,8 @@ class Judge(Chat):
         **more: Any,
     ) -> None:
         body = {"temperature": 0.2, "top_p": 0.9, "response_format": {"type": "json_object"}}
-        super().__init__(base_url, model, api_key, extra_body=body | (extra_body or {}), **more)
+        more = {"prefix": "judge", **more, "extra_body": body | (extra_body or {})}
+        super().__init__(base_url, model, api_key, **more)
         self.rubric = rubric
 
     def submit(self, prompt: str, story: str, repeat: int = 0) -> Future[Verdict]:
@@ -573,11 +586,10 @@ class Judge(Chat):
         parse = functools.partial(parse_verdict, story=story, rubric=self.rubric)
         return self.request(messages, parse, key=key, repeat=repeat, into=_verdict)
 
-    def check(self) -> None:
+    def check(self, say: Callable[[str], Any] = print) -> None:
         """Have the bundled story scored once; ChatStop if no verdict comes back."""
-        verdict = self.submit(CHECK_PROMPT, CHECK_STORY).result()
-        if verdict.score is None:
-            raise ChatStop(f"{self.model} at {self.url} gives no verdict: {verdict.error}")
+        messages = self.rubric.messages(CHECK_PROMPT, CHECK_STORY, secrets.token_hex(8))
+        self.probe(messages, functools.partial(parse_verdict, story="", rubric=self.rubric), say)
 
 
 def _verdict(answer: Answer) -> Verdict:
