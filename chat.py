@@ -738,7 +738,7 @@ _TEXT = re.compile(
     r"flagged|moderat|content.?(filter|polic|manag)|safety|recitation|prohibited|blocklist|spii"
     r"|refusal|responsible.?ai|inappropriate|sensitive (?!to)|inspection|usage polic|invalid_prompt"
     r"|context.{0,9}(length|window|size|long)|too long|too many (input |prompt )?tokens"
-    r"|(input|prompt).{0,20}(too large|exceed)|string_above_max|reduce the length",
+    r"|(input|prompt).{0,40}(too large|exceed)|string_above_max|reduce the length",
     re.I,
 )
 _ACCOUNT = re.compile(
