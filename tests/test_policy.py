@@ -58,7 +58,6 @@ def updates(path, rows, advantages, splits, out):
     if mesh.get_rank() == 0:
         torch.save(results, out)
     leave()
-    return 0
 
 
 def updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes=1):

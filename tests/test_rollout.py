@@ -36,7 +36,7 @@ from worlds import leave
 
 import rollout
 from policy import copy_weights
-from rollout import Rollout, Sampling, generate, kernels, row_seed, sample, uniforms
+from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed, sample, uniforms
 
 VOCAB = 61
 COMMON = dict(
@@ -281,20 +281,20 @@ def stories(model, order, **kw):
 
 
 @pytest.fixture(scope="module")
-def told(model):
+def expected(model):
     return stories(model, range(len(PROMPTS)))
 
 
-def test_a_story_does_not_depend_on_its_company(model, told):
+def test_a_story_does_not_depend_on_its_company(model, expected):
     n = len(PROMPTS)
-    assert len({len(t) for t in told.values()}) > 2, (
+    assert len({len(t) for t in expected.values()}) > 2, (
         "rows must end at different times for this to test anything"
     )
-    assert told[0] != told[2], "two seeds, one prompt"
-    assert stories(model, range(n)) == told
-    assert stories(model, range(n)[::-1]) == told
-    assert stories(model, range(n), max_rows=3) == told
-    assert {i: stories(model, [i])[i] for i in range(n)} == told
+    assert expected[0] != expected[2], "two seeds, one prompt"
+    assert stories(model, range(n)) == expected
+    assert stories(model, range(n)[::-1]) == expected
+    assert stories(model, range(n), max_rows=3) == expected
+    assert {i: stories(model, [i])[i] for i in range(n)} == expected
 
 
 BREAK_A_CAPTURE = {
@@ -368,19 +368,18 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("max_rows", [0, 3])
-def test_a_story_does_not_depend_on_the_pace(model, told, monkeypatch, max_rows):
+def test_a_story_does_not_depend_on_the_pace(model, expected, monkeypatch, max_rows):
     captured = as_on_a_gpu(monkeypatch)
-    model = copy.deepcopy(model)  # a model without a decoder yet
-    assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
+    options = dict(max_rows=max_rows, decoders=Decoders())
+    assert stories(model, range(len(PROMPTS)), **options) == expected
     assert len(captured) == len(set(captured)) > 2
     assert {rows for rows, _ in captured} <= {7, 4, 3, 2, 1} and all(
         bucket % 16 == 0 for _, bucket in captured
     )
     n = len(captured)
-    assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
-    assert len(captured) - n <= 2, (
-        "the second call finds its graphs (a shape seen fewer than 3 times has none yet)"
-    )
+    assert stories(model, range(len(PROMPTS)), **options) == expected
+    # The second call finds its graphs; a shape seen fewer than 3 times has none yet.
+    assert len(captured) - n <= 2
 
 
 def test_no_row_runs_over_its_end(hybrid, monkeypatch):
@@ -390,7 +389,7 @@ def test_no_row_runs_over_its_end(hybrid, monkeypatch):
     assert len(PROMPTS[4]) + 25 == 64
     want = ids(generate(hybrid, prompts, seeds(7), s, ()))
     as_on_a_gpu(monkeypatch)
-    assert ids(generate(copy.deepcopy(hybrid), prompts, seeds(7), s, (), max_rows=4)) == want
+    assert ids(generate(hybrid, prompts, seeds(7), s, (), max_rows=4)) == want
 
 
 def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
@@ -399,7 +398,6 @@ def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
     monkeypatch.setattr(
         rollout.Decoder, "prefill", lambda d, tokens: calls.append(tokens) or prefill(d, tokens)
     )
-    rollout._decoders.clear()
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
@@ -408,13 +406,15 @@ def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
 def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(
     monkeypatch,
 ):
-    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would starve the update."""
-    model, held = make("qwen3.5"), []
+    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would
+    starve the update."""
+    model, decoders, held = make("qwen3.5"), Decoders(), []
 
-    def write(rows, limit):
-        generate(model, [[1, 2]] * rows, [0] * rows, Sampling(max_new_tokens=limit), ())
-        if not held or held[-1]() is not rollout._decoders[model]:
-            held.append(weakref.ref(rollout._decoders[model]))
+    def write(rows, limit, model=model, **sampling):
+        s = Sampling(max_new_tokens=limit, **sampling)
+        generate(model, [[1, 2]] * rows, [0] * rows, s, (), decoders=decoders)
+        if not held or held[-1]() is not decoders.held:
+            held.append(weakref.ref(decoders.held))
         return len(held)
 
     as_on_a_gpu(monkeypatch)
@@ -422,7 +422,27 @@ def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_sma
     try:
         made = [write(4, 60), write(4, 50), write(3, 60), write(4, 200), write(4, 60), write(5, 60)]
         assert made == [1, 1, 1, 2, 3, 4]
-        assert [ref() is None for ref in held] == [True, True, True, False]
+        assert [write(5, 60, top_k=3), write(5, 60, copy.deepcopy(model), top_k=3)] == [5, 6]
+        assert [ref() is None for ref in held] == [True] * 5 + [False]
+        decoders.free()
+        assert held[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_without_decoders_nothing_stays(hybrid, monkeypatch):
+    made, get = [], Decoders.get
+
+    def spied(self, *args):
+        decoder = get(self, *args)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(Decoders, "get", spied)
+    gc.disable()
+    try:
+        generate(hybrid, [[1, 2]], [0], Sampling(max_new_tokens=3), ())
+        assert [ref() for ref in made] == [None]
     finally:
         gc.enable()
 
@@ -532,10 +552,10 @@ def test_rollouts_follow_the_policy(captures, monkeypatch):
         as_on_a_gpu(monkeypatch)
     policy, twin = make("qwen3.5"), make("qwen3.5", seed=1)
     where, previous = [p.data_ptr() for p in twin.parameters()], None
-    s = Sampling(temperature=0, max_new_tokens=20)
+    s, decoders = Sampling(temperature=0, max_new_tokens=20), Decoders()
 
     def stories():
-        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, ()))
+        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, (), decoders=decoders))
 
     for _ in range(3):
         copy_weights(policy, twin)
@@ -544,10 +564,8 @@ def test_rollouts_follow_the_policy(captures, monkeypatch):
         previous = got
         perturb(policy)
     assert where == [p.data_ptr() for p in twin.parameters()]
-    twin, policy = (
-        twin.double(),
-        policy.double(),
-    )  # other tensors: a decoder that reads the old ones must not be used
+    # Other tensors: a decoder that reads the old ones must not be used.
+    twin, policy = twin.double(), policy.double()
     copy_weights(policy, twin)
     assert stories() == [reference(policy, p, s, None) for p in PROMPTS[:4]]
 

@@ -33,11 +33,14 @@ def _rank(rank: int, world: int, nodes: int, port: int, log: str, function, args
 
 
 def leave() -> None:
-    """Leave the process group, last thing: once gloo's threads have let go of their tensors, or Python's end aborts."""
+    """End this rank with status 0, at once: Python's own end now and then aborts on gloo's threads."""
     import torch.distributed as dist
 
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class World:
