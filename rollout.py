@@ -305,7 +305,7 @@ class Decoders:
     def get(self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling) -> Decoder:
         """The decoder held, or a new one if it is another model's or sampling's, or too small, or
         more than twice too large: its cache would take memory from the update."""
-        length = _whole_buckets(length, model.device)
+        length = whole_buckets(length, model.device.type)
         if d := self.held:
             fits = rows <= d.rows and length <= d.length
             fits = fits and d.rows * d.length <= 2 * rows * length
@@ -317,8 +317,9 @@ class Decoders:
         return self.held
 
 
-def _whole_buckets(positions: int, device: torch.device) -> int:
-    bucket = BUCKET[device.type]
+def whole_buckets(positions: int, device: str) -> int:
+    """`positions`, rounded up to whole buckets of a kind of device."""
+    bucket = BUCKET[device]
     return math.ceil(positions / bucket) * bucket
 
 
@@ -422,7 +423,7 @@ def _advance(
     steps = min(LOOK[d.device.type], limit - max(len(r.ids) for r in live))
     filled = max(len(prompts[r.row]) + len(r.ids) for r in live)  # what the longest row reads
     for i in range(steps):
-        d.run(rows, _whole_buckets(filled + i, d.device))
+        d.run(rows, whole_buckets(filled + i, d.device.type))
     newest = d.pos[:rows, None] + torch.arange(1 - steps, 1, device=d.device)  # [R, steps]
     new = d.ids[:rows].gather(1, newest).tolist()  # the only place that waits for the device
     if not d.finite:
