@@ -25,6 +25,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5TextConfig, Qwen3Config
@@ -233,7 +234,7 @@ def check_head(row, run, call, reference, device):
 
 
 def failure(run, error):
-    """What the table says of one that failed; an error of ours ends the run (not lack of memory)."""
+    """What the table says of one that failed; an error of ours, except lack of memory, ends all."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     if run in OURS:
@@ -354,7 +355,7 @@ def implementations(gpu):
 
 # -------------------------------------------------- rollout
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -363,7 +364,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-DELTA = {
+DELTA: dict[str, Any] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
@@ -501,15 +502,15 @@ def end_as_planned(lengths, eos):
     """From now on `generate` ends row r after lengths[r] tokens: random weights know no end."""
     advance = rollout._advance
 
-    def planned(d, places, prompts, limit, stop, on_tokens):
-        rows = list(enumerate(places))
-        ended = advance(d, places, prompts, limit, (), on_tokens)
-        for place, r in rows:
-            if places[place] is not None and len(r.ids) >= lengths[r.row]:
+    def planned(d, places, prompts, limit, stop):
+        rows = {r.row: place for place, r in enumerate(places) if r is not None}
+        grown = advance(d, places, prompts, limit, ())
+        for r, _ in grown:
+            if len(r.ids) < limit and len(r.ids) >= lengths[r.row]:
                 r.ids[lengths[r.row] - 1 :] = [eos]
-                r.finished, places[place], d.pos[place] = True, None, 0
-                ended.append(r)
-        return ended
+                r.finished = True
+                places[rows[r.row]], d.pos[rows[r.row]] = None, 0
+        return grown
 
     rollout._advance = planned
 

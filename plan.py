@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from config import Config
 from grpo import CHUNK_ROWS
-from rollout import whole_buckets
+from rollout import prefill, tensors_of, whole_buckets
 
 # Generation; loss head; backward through the layers; reduction of the root's gradients; optimiser.
 PHASES = "generation head layers root optimiser".split()
@@ -38,27 +39,22 @@ def meta_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def row_bytes(config: PretrainedConfig, length: float, itemsize: int) -> tuple[float, float]:
+def row_bytes(model: Any, length: float) -> tuple[float, float]:
     """Bytes that one row of `length` tokens holds: (keys and values, recurrent states)."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers, delta = kinds.count("full_attention"), kinds.count("linear_attention")
-    cache = layers * 2 * config.num_key_value_heads * config.head_dim * length * itemsize
-    if not delta:
-        return cache, 0
-    k, v = config.linear_key_head_dim, config.linear_value_head_dim
-    heads_k, heads_v = config.linear_num_key_heads, config.linear_num_value_heads
-    convolution = (2 * heads_k * k + heads_v * v) * config.linear_conv_kernel_dim * itemsize
-    recurrent = heads_v * k * v * 4  # fp32
-    return cache, delta * (recurrent + convolution)
+    keys = states = 0
+    for layer in prefill(model, [0]).layers:  # one token tells every shape
+        size = sum(t.nbytes for t in tensors_of(layer))
+        grows = type(layer) is DynamicLayer
+        keys, states = (keys + size, states) if grows else (keys, states + size)
+    return keys * length, states
 
 
 def step_bytes(model: Any, rows: int, length: float) -> float:
     """Bytes that a decode step must move for `rows` rows of `length` tokens."""
-    config = model.config.get_text_config()
     weights = sum(p.nbytes for p in model.parameters())
-    if not config.tie_word_embeddings:
+    if not model.config.get_text_config().tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.nbytes  # a few rows of it are looked up
-    cache, states = row_bytes(config, length, model.dtype.itemsize)
+    cache, states = row_bytes(model, length)
     return weights + rows * (cache + 2 * states)
 
 
@@ -70,7 +66,7 @@ def memory(config: PretrainedConfig, run: Config, ranks: int, fused: bool = Fals
     ends = config.vocab_size * width  # parameters of the embedding, or of the head
     rows = math.ceil(run.prompts * run.group / ranks)
     length = whole_buckets(run.max_prompt + run.max_response, "cuda")
-    cache = rows * sum(row_bytes(config, length, model.dtype.itemsize))
+    cache = rows * sum(row_bytes(model, length))
     logits = CHUNK_ROWS["cuda"] * config.vocab_size * 4
     whole, share = model.num_parameters(), model.num_parameters() / ranks
     always, rule = " ".join(PHASES), "fused" if fused else "in torch"

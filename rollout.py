@@ -77,6 +77,8 @@ class Rollout:
     finished: bool  # ended with EOS; False: cut at max_new_tokens
 
 
+Places = list[Rollout | None]  # row of the decoder -> whose it is
+
 # -------------------------------- one token from its logits
 
 
@@ -123,7 +125,16 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
 # --------------------------------------- all rows, one step
 
 
-def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, tokens: list[int]) -> DynamicCache:
+    """The state of the model after `tokens`, for one row, by the model's own code."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([tokens], device=model.device)  # [1, T]
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a cache's attention layer; convolution and recurrent state of a linear."""
     kind = type(layer)
     if kind is DynamicLayer:
@@ -195,9 +206,9 @@ class Decoder:
         self.pos = torch.zeros(rows, dtype=torch.long, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # of all logits so far
         self.slots = torch.arange(length, device=device)
-        self.states: list[list[Tensor]] = []  # per layer the two of `_tensors`, for all rows
-        for layer in self.prefill([0]).layers:  # one token tells every shape and dtype
-            like = _tensors(layer)
+        self.states: list[list[Tensor]] = []  # per layer the two of `tensors_of`, for all rows
+        for layer in prefill(model, [0]).layers:  # one token tells every shape and dtype
+            like = tensors_of(layer)
             shapes = [[rows, *t.shape[1:]] for t in like]
             if type(layer) is DynamicLayer:
                 self.kv_heads, self.dtype = like[0].shape[1], like[0].dtype
@@ -207,13 +218,6 @@ class Decoder:
         self.caches: dict[int, DynamicCache] = {}  # rows -> a cache over the first rows
         self.warm: Counter[tuple[int, int]] = Counter()  # (rows, bucket) -> eager steps so far
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-
-    def prefill(self, tokens: list[int]) -> DynamicCache:
-        """The state of the model after `tokens`, for one row, by the model's own code."""
-        cache = DynamicCache(config=self.model.config)
-        ids = torch.tensor([tokens], device=self.device)  # [1, T]
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
 
     def admit(self, row: int, prompt: list[int], cache: DynamicCache | None, seed: int) -> None:
         """Start a text in `row`, from the state before the last token of its prompt, if any."""
@@ -225,7 +229,7 @@ class Decoder:
             layer = cache.layers[i]
             if type(layer) is DynamicLayer:
                 a, b = a[:, :, : n - 1], b[:, :, : n - 1]
-            new_a, new_b = _tensors(layer)
+            new_a, new_b = tensors_of(layer)
             a[row], b[row] = new_a[0], new_b[0]
         self.ids[row, :n] = torch.tensor(prompt, device=self.device)
         self.noise[row, n:] = uniforms(seed, self.length - n, self.device)
@@ -352,7 +356,7 @@ def generate(
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, and there are {len(seeds)}")
     if [] in prompts:
-        raise ValueError(f"prompt {prompts.index([])} is empty: give it at least one token")
+        raise ValueError(f"prompt {prompts.index([])} is empty: give it a token to continue")
     if not prompts:
         return []
     stop = {eos} if isinstance(eos, int) else set(eos)
@@ -368,7 +372,7 @@ def generate(
         waiting = deque(rollouts)
         last_use = {tuple(prompt): i for i, prompt in enumerate(prompts)}
         prefilled: dict[tuple[int, ...], DynamicCache | None] = {}
-        places: list[Rollout | None] = [None] * capacity  # row of the decoder -> who lives there
+        places: Places = [None] * capacity
         while True:
             for row in range(len(places)):
                 if places[row] is None and waiting:
@@ -376,7 +380,7 @@ def generate(
                     prompt = prompts[r.row]
                     key = tuple(prompt)
                     if key not in prefilled:
-                        prefilled[key] = d.prefill(prompt[:-1]) if len(prompt) > 1 else None
+                        prefilled[key] = prefill(model, prompt[:-1]) if len(prompt) > 1 else None
                     d.admit(row, prompt, prefilled[key], seeds[r.row])
                     if last_use[key] == r.row:
                         del prefilled[key]
@@ -385,14 +389,18 @@ def generate(
             with decoding(model):
                 while any(places) and not (waiting and None in places):
                     places = _compact(d, places)
-                    for r in _advance(d, places, prompts, limit, stop, on_tokens):
-                        if on_finish:
+                    grown = _advance(d, places, prompts, limit, stop)
+                    for r, new in grown:
+                        if on_tokens:
+                            on_tokens(r, new)
+                    for r, _ in grown:
+                        if on_finish and (r.finished or len(r.ids) == limit):
                             on_finish(r)
     finally:
         model.train(training)
 
 
-def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
+def _compact(d: Decoder, places: Places) -> Places:
     """Shrink the batch once enough rows have ended; rows beyond its new end move into the holes."""
     rows = len(places)
     alive = sum(r is not None for r in places)
@@ -411,39 +419,31 @@ def _compact(d: Decoder, places: list[Rollout | None]) -> list[Rollout | None]:
 
 
 def _advance(
-    d: Decoder,
-    places: list[Rollout | None],
-    prompts: list[list[int]],
-    limit: int,
-    stop: set[int],
-    on_tokens: Callable[[Rollout, list[int]], None] | None,
-) -> list[Rollout]:
-    """Decode up to the next look; empty the places of the rows that ended, and return those."""
+    d: Decoder, places: Places, prompts: list[list[int]], limit: int, stop: set[int]
+) -> list[tuple[Rollout, list[int]]]:
+    """Decode up to the next look -> each live rollout and its new tokens; empties ended places."""
     rows, live = len(places), [r for r in places if r is not None]
     steps = min(LOOK[d.device.type], limit - max(len(r.ids) for r in live))
     filled = max(len(prompts[r.row]) + len(r.ids) for r in live)  # what the longest row reads
     for i in range(steps):
         d.run(rows, whole_buckets(filled + i, d.device.type))
     newest = d.pos[:rows, None] + torch.arange(1 - steps, 1, device=d.device)  # [R, steps]
-    new = d.ids[:rows].gather(1, newest).tolist()  # the only place that waits for the device
+    tokens = d.ids[:rows].gather(1, newest).tolist()  # the only place that waits for the device
     if not d.finite:
         raise FloatingPointError("the model's logits are not finite: broken weights or inputs")
-    ended = []
+    grown = []
     for row, r in enumerate(places):
         if r is None:
             continue
-        known = len(r.ids)
-        for token in new[row]:
-            r.ids.append(token)
-            r.finished = token in stop
-            if r.finished or len(r.ids) == limit:
-                ended.append(r)
-                places[row] = None
-                d.pos[row] = 0  # it may stay in the batch until compaction: keeps it in bounds
-                break
-        if on_tokens:
-            on_tokens(r, r.ids[known:])
-    return ended
+        end = next((i for i, token in enumerate(tokens[row], 1) if token in stop), steps)
+        new = tokens[row][:end]
+        r.ids += new
+        r.finished = new[-1] in stop
+        grown.append((r, new))
+        if r.finished or len(r.ids) == limit:
+            places[row] = None
+            d.pos[row] = 0  # it may stay in the batch until compaction: this keeps it in bounds
+    return grown
 
 
 # ------------------------------------- what runs underneath

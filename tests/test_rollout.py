@@ -393,11 +393,9 @@ def test_no_row_runs_over_its_end(hybrid, monkeypatch):
 
 
 def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
-    calls = []
-    prefill = rollout.Decoder.prefill
-    monkeypatch.setattr(
-        rollout.Decoder, "prefill", lambda d, tokens: calls.append(tokens) or prefill(d, tokens)
-    )
+    calls, prefill = [], rollout.prefill
+    spy = lambda model, tokens: calls.append(tokens) or prefill(model, tokens)  # noqa: E731
+    monkeypatch.setattr(rollout, "prefill", spy)
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
