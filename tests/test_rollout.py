@@ -1,4 +1,4 @@
-"""rollout.py: tokens are transformers' own; a row's story depends on its prompt, its seed and the weights alone."""
+"""rollout.py: tokens are transformers' own; a story depends on prompt, seed and weights alone."""
 
 import copy
 import gc
@@ -130,8 +130,7 @@ def seeds(n):
     return [row_seed(3479, 1, "tale", k) for k in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity with transformers
+# --------------------------------- Parity with transformers
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -148,18 +147,18 @@ def test_greedy_is_generates_token_for_token(model, penalty):
     for r, prompt in zip(generate(model, PROMPTS, [0] * 7, sampling, eos), PROMPTS, strict=True):
         want = reference(model, prompt, sampling, eos)
         assert (r.ids, r.finished) == (want, want[-1] in eos)
-    for r, prompt in zip(
-        generate(model, PROMPTS, [0] * 7, sampling, eos[0]), PROMPTS, strict=True
-    ):  # a bare id
+    bare = generate(model, PROMPTS, [0] * 7, sampling, eos[0])
+    for r, prompt in zip(bare, PROMPTS, strict=True):
         text = free[tuple(prompt)]
         assert r.ids == (text[: text.index(eos[0]) + 1] if eos[0] in text else text)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
-    """Over 100 tokens and several buckets: as near to one plain forward pass as transformers' own cached decoding.
+    """Over 100 tokens and several buckets: as near to one plain forward pass, on which the policy
+    is trained, as transformers' own cached decoding.
 
-    In bf16 that holds only because the step rounds where the model rounds; the policy is trained on the plain pass.
+    In bf16 that holds only because the step rounds where the model rounds.
     """
     model, logits = copy.deepcopy(model).to(dtype), []
     hook = model.lm_head.register_forward_hook(lambda _m, _i, out: logits.append(out[:, -1]))
@@ -190,7 +189,7 @@ def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
 def test_sample_has_the_distribution_of_transformers_processors(
     seed, temperature, top_k, top_p, penalty
 ):
-    """Over n equally spaced u, a token of probability p must come up n p times, up to its two interval ends."""
+    """Over n equally spaced u, a token of probability p comes up n p times, up to its two ends."""
     g = torch.Generator().manual_seed(seed)
     n, vocab = 2048, 40
     logits = torch.randn(1, vocab, generator=g) * 3
@@ -213,11 +212,8 @@ def test_sample_has_the_distribution_of_transformers_processors(
 
 def test_sampled_texts_have_the_models_distribution(hybrid):
     """Chi-square of 3,000 two-token texts against the exact joint probabilities."""
-    n, s = (
-        3000,
-        Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2),
-    )
-    prompt = PROMPTS[0]
+    s = Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2)
+    n, prompt = 3000, PROMPTS[0]
 
     def next_token(text):
         with torch.no_grad():
@@ -255,9 +251,8 @@ def test_uniforms_are_splitmix64():
     many = torch.stack([uniforms(s, 1000) for s in seeds(50)]).double()
     assert 0 <= many.min() and many.max() < 1
     assert abs(many.mean() - 0.5) < 0.005 and abs(many.var() - 1 / 12) < 0.002
-    assert (
-        torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
-    )  # rows know nothing of each other
+    # Rows know nothing of each other.
+    assert torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_row_seed_is_stable_and_tells_every_argument_apart():
@@ -267,8 +262,7 @@ def test_row_seed_is_stable_and_tells_every_argument_apart():
     assert all(0 <= row_seed(*a) < 2**63 for a in args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Invariance: company, order, places, pace
+# ----------------- Invariance: company, order, places, pace
 
 
 def stories(model, order, **kw):
@@ -310,7 +304,7 @@ BREAK_A_CAPTURE = {
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph on the CPU: the operations of one step on the very tensors it used, and nothing of the host's."""
+    """A CUDA graph on the CPU: the operations of one step on the very tensors that it used."""
 
     def __init__(self, step):
         super().__init__()
@@ -339,9 +333,8 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if (
-                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
-                ):  # neither a view nor in place
+                # Neither a view nor in place.
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
     def pool(self):
@@ -349,7 +342,7 @@ class Tape(TorchDispatchMode):
 
 
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does: looks every 7 steps, halving, warm-up, one capture per (rows, bucket), replays."""
+    """As a GPU: looks every 7 steps, halving, warm-up, captures per (rows, bucket), replays."""
     captured = []
 
     def capture(step, pool):
@@ -383,7 +376,7 @@ def test_a_story_does_not_depend_on_the_pace(model, expected, monkeypatch, max_r
 
 
 def test_no_row_runs_over_its_end(hybrid, monkeypatch):
-    """The longest text fills the cache to its last slot, and its place stays empty beside three that start late."""
+    """The longest text fills the cache to its end; its place stays empty beside late starters."""
     order, s = [0, 1, 2, 4, 3, 5, 6], Sampling(max_new_tokens=25)
     prompts = [PROMPTS[i] for i in order]
     assert len(PROMPTS[4]) + 25 == 64
@@ -445,8 +438,7 @@ def test_without_decoders_nothing_stays(hybrid, monkeypatch):
         gc.enable()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The contract of generate
+# --------------------------------- The contract of generate
 
 
 def test_on_finish_and_on_tokens(hybrid):
@@ -533,8 +525,7 @@ def test_kernels_line(hybrid):
     assert "delta" not in kernels(make("llama"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
+# -------------------------------------------------- Weights
 
 
 def perturb(model, scale=0.05):
@@ -545,7 +536,7 @@ def perturb(model, scale=0.05):
 
 @pytest.mark.parametrize("captures", [False, True])
 def test_rollouts_follow_the_policy(captures, monkeypatch):
-    """Stale weights are the classic silent bug: after every update the copy tells the policy's stories."""
+    """Stale weights are the classic silent bug: after each update the copy is the policy."""
     if captures:
         as_on_a_gpu(monkeypatch)
     policy, twin = make("qwen3.5"), make("qwen3.5", seed=1)
@@ -588,10 +579,7 @@ def _shards_to_copies(rank, world, path):
     torch.set_num_threads(1)
     for tie, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         whole = make("qwen3.5", tie_word_embeddings=tie)
-        policy, twin = (
-            make("qwen3.5", tie_word_embeddings=tie),
-            make("qwen3.5", seed=1, tie_word_embeddings=tie),
-        )
+        policy, twin = (make("qwen3.5", seed, tie_word_embeddings=tie) for seed in (0, 1))
         twin.to(dtype)
         root = nn.Sequential(policy)  # a trainer's wrapper; the policy inside is what is copied
         for layer in policy.model.layers:
