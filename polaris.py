@@ -156,8 +156,16 @@ def generate_rows(
         for anchor in anchors[rank::n_ranks]:
             submit(run, anchor)
         with run.bar(len(mine), "  generating (rank 0)") as bar:
-            calls = dict(max_rows=most, on_finish=on_finish, decoders=run.decoders)
-            generate(run.copy, prompts, seeds, sampling, run.eos, **calls)
+            generate(
+                run.copy,
+                prompts,
+                seeds,
+                sampling,
+                run.eos,
+                max_rows=most,
+                on_finish=on_finish,
+                decoders=run.decoders,
+            )
         return [rows[i] for i in range(len(mine))]
 
     return sum(on_all_ranks(generate_share), []) + anchors
@@ -424,7 +432,7 @@ def open_judge(cfg: Config, out: Path) -> Iterator[Judge]:
         with closing(options.open(Judge, cache=out / "verdicts.sqlite")) as judge:
             yield judge
     finally:
-        if process:
+        if process and process.stdin:
             process.stdin.close()  # it ends with it, as it does when this process is killed
             process.wait()
 
