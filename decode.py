@@ -1,7 +1,7 @@
 """One token through the layers of a model, in few kernels: what `rollout.py` decodes with.
 
-With few rows a token costs what it takes to read weights and states once, if kernels are few and no
-state is read twice. A step of Qwen3.5-9B (32 layers, 10 rows, sampling included), counted:
+With few rows a token costs what it takes to read weights and states once, if kernels are few. A
+step of Qwen3.5-9B (32 layers, 10 rows, with sampling), counted:
 
                                 kernels   sweeps over a state   programs a head's cache
     transformers' own modules     2,232            13                      1
@@ -18,8 +18,8 @@ Gated DeltaNet (arXiv 2412.06464): a state S [K, V] a value head, fp32; decay a,
 
     S <- a S + k (b (v - a S'k))',   o = S'q
 
-All of it rounds where the model rounds, so that in bf16, too, stories are sampled from the
-distribution that is trained. Layers are known by class name (`LEAN`); others stay as they are.
+All of it rounds where the model rounds: in bf16, too, what is sampled is what is trained. Layers
+are known by class name (`LEAN`); others stay as they are.
 """
 
 import os
@@ -48,13 +48,13 @@ def fused(x: Tensor) -> bool:
     return FUSED[x.device.type] and x.dtype != torch.float64
 
 
-# ------------------------------------------------ attention
+# ------ attention
 
 
 def _attend(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **_):
     """query [R, H, 1, D]; key, value [R, KV, S, D]; additive mask [R, 1, 1, S] -> [R, 1, H, D].
 
-    The H / KV query heads of a key head are queries to it: the cache is read once, not repeated.
+    The query heads of a key head are H / KV queries to it: the cache is never repeated.
     """
     if softcap is not None or s_aux is not None:
         raise ValueError("rollout.py decodes attention without a soft cap and without sinks")
@@ -88,7 +88,7 @@ def _attend_triton(query, key, value, mask, scaling):
     return (lse.softmax(1)[..., None] * out).sum(1).type_as(query).view(query.shape)
 
 
-# ---------------------------------------------------- norms
+# ------ norms
 
 
 def _rms_norm(module, x):
@@ -120,7 +120,7 @@ def _norm_triton(x, weight, eps, about_one=False, gate=None):
     return out
 
 
-# ------------------------------------------- Gated DeltaNet
+# ------ Gated DeltaNet
 
 
 def _delta_net(module, hidden_states, cache_params, **kwargs):
@@ -176,7 +176,7 @@ def _delta_step_triton(module, x, z, a, b, conv, state):
     return _norm_triton(out, module.norm.weight, module.norm.variance_epsilon, gate=z).flatten(2)
 
 
-# ------------------------------------------------ a model's
+# ------ a model's
 
 LEAN: dict[str, Callable[..., Tensor]] = {
     "Qwen2RMSNorm": _rms_norm,
@@ -189,7 +189,7 @@ LEAN: dict[str, Callable[..., Tensor]] = {
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Decode with the functions above; every other module of the model stays as it is."""
+    """Decode with the functions above."""
     config = model.config.get_text_config(decoder=True)
     attention = config._attn_implementation
     # A forward set on the instance is somebody's (accelerate's, a kernel hub's): theirs is kept.
@@ -205,7 +205,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
             del module.forward
 
 
-# -------------------------------------------------- kernels
+# ------ kernels
 
 if triton is not None:
 

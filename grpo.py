@@ -47,7 +47,7 @@ except ImportError:  # no GPU build of torch: the chunked backend does the same 
 CHUNK_ROWS = {"cuda": 2048, "cpu": 256}  # rows of logits that exist at once
 
 
-# ----------------------------------------------- advantages
+# ------ advantages
 
 
 def anchor_weight(
@@ -119,7 +119,7 @@ def group_advantages(
     return advantages.float()
 
 
-# ----------------------------------------------------- loss
+# ------ loss
 
 
 def policy_loss(
@@ -161,7 +161,7 @@ def policy_loss(
     return loss.sum() / n_tokens, stats
 
 
-# ------------------------------------------ fused log-probs
+# ------ fused log-probs
 
 
 def token_logprobs(
@@ -178,8 +178,8 @@ def token_logprobs(
     Returns (log-probs, entropies) [N] in nats, fp32 (fp64 for fp64 inputs). The log-probs can be
     differentiated once, in hidden and weight; the entropies are metrics. Backends: "naive" (the
     definition, holds [N, V]), "chunked" (any device), "triton" (GPU), "auto" (the best that runs).
-    Under FSDP2 call this inside the forward of the module that owns `weight`. ValueError for
-    shapes, dtypes or backends that do not fit.
+    Under FSDP2 call it inside the forward of the module that owns `weight`. ValueError for shapes,
+    dtypes or backends that do not fit.
     """
     backend = _backend(hidden, weight, targets, backend)
     if backend == "naive":

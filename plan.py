@@ -44,8 +44,10 @@ def row_bytes(model: Any, length: float) -> tuple[float, float]:
     keys = states = 0
     for layer in prefill(model, [0]).layers:  # one token tells every shape
         size = sum(t.nbytes for t in tensors_of(layer))
-        grows = type(layer) is DynamicLayer
-        keys, states = (keys + size, states) if grows else (keys, states + size)
+        if type(layer) is DynamicLayer:
+            keys += size
+        else:
+            states += size
     return keys * length, states
 
 
@@ -68,8 +70,9 @@ def memory(config: PretrainedConfig, run: Config, ranks: int, fused: bool = Fals
     length = whole_buckets(run.max_prompt + run.max_response, "cuda")
     cache = rows * sum(row_bytes(model, length))
     logits = CHUNK_ROWS["cuda"] * config.vocab_size * 4
-    whole, share = model.num_parameters(), model.num_parameters() / ranks
-    always, rule = " ".join(PHASES), "fused" if fused else "in torch"
+    whole = model.num_parameters()
+    share, always = whole / ranks, " ".join(PHASES)
+    rule = "fused" if fused else "in torch"
     kept = layer_activations(model, tokens, fused)
     inputs, gathered = 2 * depth * tokens * width, (2 * 2 + 2 + 4 + 4 / ranks) * layer
     parts = [
@@ -95,8 +98,8 @@ def memory(config: PretrainedConfig, run: Config, ranks: int, fused: bool = Fals
 def layer_activations(model: Any, tokens: int, fused: bool) -> int:
     """Bytes that a decoder layer keeps for its backward pass at [1, tokens]: the largest kind's.
 
-    Attention counts as a kernel that keeps inputs and output; with `fused` so does the delta rule
-    (flash-linear-attention); torch's keeps all that it makes.
+    Attention keeps inputs and output, as in a kernel; with `fused` (flash-linear-attention) so does
+    the delta rule, else all that it makes.
     """
     kinds, shape = model.config.layer_types, (1, tokens, model.config.hidden_size)
     x = torch.empty(shape, dtype=model.dtype, device="meta", requires_grad=True)
@@ -123,7 +126,7 @@ def layer_activations(model: Any, tokens: int, fused: bool) -> int:
 
 @contextmanager
 def _fused_kernels(model: Any, delta_rule: bool) -> Iterator[None]:
-    """Attention and perhaps the delta rule, replaced by kernels that keep inputs and output."""
+    """Attention, perhaps the delta rule, as kernels that keep inputs and output."""
     code: Any = sys.modules[type(model).__module__]
     attention, delta = F.scaled_dot_product_attention, code.torch_chunk_gated_delta_rule
     F.scaled_dot_product_attention = lambda q, k, v, **_: _Kept.apply(q, q, k, v)

@@ -102,9 +102,8 @@ def load_policy(
 def copy_weights(policy: nn.Module, copy: nn.Module) -> None:
     """Write the policy's parameters and buffers into `copy`, in place, one at a time.
 
-    In place, so captured graphs stay valid. A sharded parameter is cast to the copy's dtype before
-    it is gathered: half the traffic of an fp32 master, one whole tensor at a time. Collective:
-    every rank calls it. Raises ValueError when names, shapes or ties differ.
+    In place, so captured graphs stay valid. A shard is cast to the copy's dtype before it is
+    gathered: half the traffic. Collective. Raises ValueError when names, shapes or ties differ.
     """
     pairs: list[tuple[str, Any, Any]] = []
     for kind in ("named_parameters", "named_buffers"):
@@ -161,9 +160,8 @@ def collate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(prompt, response, coefficient) rows → ids [B, T]; positions, targets, coef [N].
 
-    N counts the response tokens. positions are those of their predecessors in the flattened batch,
-    since the hidden state at t predicts token t + 1. EOS is trained like any other token, even
-    where it doubles as padding: only response positions are ever picked.
+    N counts the response tokens; positions are those of their predecessors in the flattened batch.
+    EOS is trained like any other token, even where it doubles as padding.
     """
     width = max([2, *(len(p) + len(r) for p, r, _ in rows)])
     ids = torch.zeros(max(1, len(rows)), width, dtype=torch.long)  # [B, T]
@@ -194,9 +192,8 @@ def accumulate(
 ) -> Tensor:
     """Add the gradient of some rows of a step: (prompt, response) ids, and an advantage each.
 
-    Every rank gets the same arguments and takes its share. n_tokens counts the whole step, whose
-    parts may come one after the other. Returns this rank's sums [3], fp64, for `apply`: of loss,
-    log-prob and entropy.
+    Every rank gets the same arguments and takes its share. n_tokens counts the whole step. Returns
+    this rank's sums [3], fp64, of loss, log-prob and entropy, for `apply`.
     """
     device = next(policy.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)

@@ -79,7 +79,7 @@ class Rollout:
 
 Places = list[Rollout | None]  # row of the decoder -> whose it is
 
-# -------------------------------- one token from its logits
+# ------ one token from its logits
 
 
 def row_seed(seed: int, step: int, uid: str, k: int) -> int:
@@ -122,7 +122,7 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
     return token.gather(-1, choice.minimum(kept - 1))  # minimum: u * mass may round up to mass
 
 
-# --------------------------------------- all rows, one step
+# ------ all rows, one step
 
 
 @torch.inference_mode()
@@ -167,7 +167,7 @@ class _Slots(DynamicLayer):
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Warm-ups and captures must be off the default stream; one stream shares one work space."""
+    """For warm-ups and captures, which must be off the default stream."""
     return torch.cuda.Stream()
 
 
@@ -179,10 +179,9 @@ def _warm_up(step: Callable[[], None]) -> None:
 
 
 def _capture(step: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
-    """Record a step. `thread_local`: other threads (NCCL's watchdog) may touch CUDA meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    options = {"pool": pool, "stream": _side_stream(), "capture_error_mode": "thread_local"}
-    with torch.cuda.graph(graph, **options):
+    mode = "thread_local"  # other threads, such as NCCL's watchdog, may touch CUDA meanwhile
+    with torch.cuda.graph(graph, pool, _side_stream(), mode):
         step()
     return graph
 
@@ -307,8 +306,8 @@ class Decoders:
         self.held = None
 
     def get(self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling) -> Decoder:
-        """The decoder held, or a new one if it is another model's or sampling's, or too small, or
-        more than twice too large: its cache would take memory from the update."""
+        """The decoder held; a new one if that is another model's or sampling's, too small, or more
+        than twice too large: its cache would take memory from the update."""
         length = whole_buckets(length, model.device.type)
         if d := self.held:
             fits = rows <= d.rows and length <= d.length
@@ -322,12 +321,11 @@ class Decoders:
 
 
 def whole_buckets(positions: int, device: str) -> int:
-    """`positions`, rounded up to whole buckets of a kind of device."""
     bucket = BUCKET[device]
     return math.ceil(positions / bucket) * bucket
 
 
-# ----------------------------------------------- many texts
+# ------ many texts
 
 
 @torch.inference_mode()
@@ -401,7 +399,7 @@ def generate(
 
 
 def _compact(d: Decoder, places: Places) -> Places:
-    """Shrink the batch once enough rows have ended; rows beyond its new end move into the holes."""
+    """Shrink the batch once enough rows have ended; rows beyond its end move into the holes."""
     rows = len(places)
     alive = sum(r is not None for r in places)
     if CAPTURE[d.device.type]:  # few sizes, few captures: 10, 5, 3, 2, 1
@@ -446,7 +444,7 @@ def _advance(
     return grown
 
 
-# ------------------------------------- what runs underneath
+# ------ what runs underneath
 
 
 def kernels(model: PreTrainedModel) -> str:
