@@ -157,15 +157,9 @@ def generate_rows(
             submit(run, anchor)
         with run.bar(len(mine), "  generating (rank 0)") as bar:
             generate(
-                run.copy,
-                prompts,
-                seeds,
-                sampling,
-                run.eos,
-                max_rows=most,
-                on_finish=on_finish,
-                decoders=run.decoders,
-            )
+                run.copy, prompts, seeds, sampling, run.eos,
+                max_rows=most, on_finish=on_finish, decoders=run.decoders,
+            )  # fmt: skip
         return [rows[i] for i in range(len(mine))]
 
     return sum(on_all_ranks(generate_share), []) + anchors
