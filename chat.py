@@ -17,19 +17,22 @@ import argparse
 import contextlib
 import dataclasses
 import email.utils
+import hashlib
 import ipaddress
 import json
 import os
 import queue
 import random
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -52,6 +55,20 @@ class ChatStop(RuntimeError):
 
 class Unusable(ValueError):
     """What a caller's parser raises for an answer that it cannot use."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request. `value` is None without a usable answer; `error` says why."""
+
+    value: Any = None  # what the caller's parser made of it
+    error: str = ""
+    kind: str = ""  # of the error, as in CallFailed
+    raw: str = ""  # the answer as it came
+    model: str = ""  # that answered, in the server's words; "" from the cache
+    cached: bool = False
+    seconds: float = 0.0  # with all retries
+    usage: Usage = (0, 0)  # paid, those of failed tries too
 
 
 @dataclass(eq=False)
@@ -160,7 +177,8 @@ class Chat:
     """A client of one model at one server.
 
     base_url: the URL before /chat/completions.  extra_body: fields of every request, None leaves
-    one out.  limits: concurrency, rpm, timeout, retries, price_in, price_out, as in ChatOptions.
+    one out.  cache: an SQLite file of answers that processes may share.  limits: concurrency, rpm,
+    timeout, retries, price_in, price_out, as in ChatOptions.
     """
 
     def __init__(
@@ -170,6 +188,7 @@ class Chat:
         api_key: str | None = None,
         *,
         extra_body: dict[str, Any] | None = None,
+        cache: str | Path | None = None,
         **limits: Any,
     ) -> None:
         if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[^?#@\s]*)?", base_url):
@@ -194,6 +213,15 @@ class Chat:
         self._unanswered: list[float] = []  # begin of each attempt in a row without HTTP answer
         counters = "calls cached retries failures tokens_in tokens_out seconds".split()
         self._stats: dict[str, float] = dict.fromkeys(counters, 0)
+        self._cache = cache
+        columns = "key TEXT PRIMARY KEY, raw TEXT, tokens_in INT, tokens_out INT"
+        self._sql(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def stats(self) -> dict[str, float]:
         """calls (not cached), cached, retries, failures, tokens in and out, seconds, dollars."""
@@ -208,11 +236,71 @@ class Chat:
             for name, amount in amounts.items():
                 self._stats[name] += amount
 
+    def request(
+        self,
+        messages: list[dict],
+        parse: Callable[[str], Any] = str,
+        *,
+        repeat: int = 0,
+        key: list[dict] | None = None,
+        into: Callable[[Answer], Any] = lambda answer: answer,
+    ) -> Future:
+        """Ask in the background, unless the cache knows -> Future of into(Answer).
+
+        A failed call gives an Answer without value, which is not cached; result() raises ChatStop.
+        repeat: number of this request for the same messages; each is paid for and kept apart.
+        key: what stands for the messages in the cache, where they hold something random.
+        """
+        call = [self._body, key or messages, *([repeat] if repeat else [])]
+        name = hashlib.sha256(json.dumps(call, sort_keys=True).encode()).hexdigest()
+        stored = self._stored(name, parse)
+        if stored is None:
+            return self.start(lambda: into(self._ask_and_store(name, messages, parse)))
+        self.count(cached=1)
+        future: Future = Future()
+        _settle(future, into, stored)
+        return future
+
+    def _ask_and_store(self, name: str, messages: list[dict], parse: Callable) -> Answer:
+        begin = time.monotonic()
+        try:
+            answer = self._reply(messages, parse)
+            row = (name, answer.raw, *answer.usage)
+            self._sql("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", *row)
+        except CallFailed as fault:
+            answer = Answer(None, str(fault), fault.kind, fault.raw, usage=fault.usage)
+        return dataclasses.replace(answer, seconds=time.monotonic() - begin)
+
+    def _stored(self, name: str, parse: Callable[[str], Any]) -> Answer | None:
+        """The answer that was paid for earlier, if there is one."""
+        query = "SELECT raw, tokens_in, tokens_out FROM verdicts WHERE key = ?"
+        row = self._sql(query, name)
+        if not row or None in row:  # by another program
+            return None
+        with contextlib.suppress(Unusable):  # stored by an older parser
+            return Answer(parse(row[0]), raw=row[0], cached=True, usage=row[1:])
+        return None
+
+    def _sql(self, statement: str, *values: Any) -> Any:
+        """The first row of the cache's answer; opened anew, so that any thread may ask."""
+        if not self._cache:
+            return None
+        try:  # SQLite's own journal, not WAL: safe for many processes, on network file systems too
+            with contextlib.closing(sqlite3.connect(self._cache, timeout=60)) as cache, cache:
+                return cache.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            mend = "free its disk, move or delete it"
+            raise ChatStop(f"cache {self._cache} cannot be used ({error}): {mend}") from error
+
     def ask(self, messages: list[dict], parse: Callable[[str], Any] = str) -> tuple[Any, Usage]:
         """One chat completion, with retries, on the caller's thread -> (parse(answer), tokens).
 
         An Unusable of `parse` makes the answer an unusable one. Raises CallFailed, or ChatStop.
         """
+        answer = self._reply(messages, parse)
+        return answer.value, answer.usage
+
+    def _reply(self, messages: list[dict], parse: Callable[[str], Any]) -> Answer:
         body = json.dumps({**self._body, "messages": messages}).encode()
         retries = self._limits.retries
         left = {"transient": retries, "unusable": min(1, retries), "final": 0}
@@ -222,7 +310,8 @@ class Chat:
         while True:
             fault = None
             try:
-                value, usage = self._attempt(body, parse)
+                answer = self._attempt(body, parse)
+                usage = answer.usage
             except CallFailed as error:
                 fault, usage, raw = error, error.usage, error.raw or raw
             tokens_in += usage[0]
@@ -236,7 +325,7 @@ class Chat:
         seconds = time.monotonic() - begin
         self.count(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, seconds=seconds)
         if not fault:
-            return value, (tokens_in, tokens_out)
+            return dataclasses.replace(answer, usage=(tokens_in, tokens_out))
         self.count(failures=1)
         raise dataclasses.replace(fault, usage=(tokens_in, tokens_out), raw=raw)
 
@@ -278,7 +367,7 @@ class Chat:
         for thread in self._threads:  # or closing their sessions while Python exits crashes
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _attempt(self, body: bytes, parse: Callable[[str], T]) -> tuple[T, Usage]:
+    def _attempt(self, body: bytes, parse: Callable[[str], Any]) -> Answer:
         """One request; CallFailed or ChatStop."""
         with self._lock:  # rate limit: reserve the next slot
             interval = 60 / self._limits.rpm if self._limits.rpm else 0.0
@@ -296,10 +385,10 @@ class Chat:
             raise self._refusal(status, headers, text)
         if len(data) > MAX_BODY:
             raise CallFailed("unusable", f"an answer of more than {MAX_BODY >> 20} MiB")
-        content, usage = _content(text, headers.get("Content-Type", ""))
+        content, model, usage = _content(text, headers.get("Content-Type", ""))
         content = self._redact(content)
         try:
-            return parse(content), usage
+            return Answer(parse(content), raw=content, model=model, usage=usage)
         except Unusable as error:
             raise CallFailed("unusable", str(error), usage=usage, raw=content) from None
 
@@ -412,8 +501,8 @@ def _provider_message(text: str) -> str:
     return " ".join(clean(str(text)).split())[:300] or "(empty)"
 
 
-def _content(text: str, content_type: str) -> tuple[str, Usage]:
-    """The answer in the body of a 200, and what it cost; CallFailed if there is none."""
+def _content(text: str, content_type: str) -> tuple[str, str, Usage]:
+    """Answer and model in the body of a 200, and what it cost; CallFailed if there is none."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
@@ -432,7 +521,7 @@ def _content(text: str, content_type: str) -> tuple[str, Usage]:
     why = f" ({ending})" if ending in ("length", "content_filter") else ""
     if why or not isinstance(content, str) or not content.strip():
         raise CallFailed("unusable", f"an empty or unfinished answer{why}", usage=usage)
-    return clean(content), usage
+    return clean(content), clean(str(body.get("model", ""))), usage
 
 
 def _tokens(body: Any, name: str) -> int:
