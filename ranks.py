@@ -6,6 +6,7 @@ sharded inside a node and replicated across (HSDP).
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chat import ChatStop
 from config import Config, ConfigError
+from rundir import RecordError
+from watch import PHASE, Interrupted, TrainingStop, may_interrupt, set_phase
 
 
 def join() -> int:
@@ -56,25 +59,35 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
 T = TypeVar("T")
 
 
-def on_all_ranks(function: Callable[[], T]) -> list[T]:
-    """What `function` returns on each rank, on all of them; ChatStop on all if it is one's.
+def gather(value: T) -> list[T]:
+    """Each rank's value, on all of them. A rank gets its own back with what cannot travel."""
+    values: list[Any] = [None] * dist.get_world_size()
+    phase = PHASE["phase"]
+    set_phase("waiting for the other ranks")
+    dist.all_gather_object(values, value)
+    set_phase(phase)
+    values[dist.get_rank()] = value
+    return values
 
-    A rank gets its own result back as it is, with what cannot travel.
+
+def on_all_ranks(function: Callable[[], T], interruptible: bool = True) -> list[T]:
+    """What `function` returns on each rank, on all of them.
+
+    What stops it on one rank stops it on all, at the same place: ChatStop, Interrupted (only where
+    it is `interruptible`), TrainingStop, RecordError.
     """
     mine: T | None = None
-    stopped = ""
+    error: Exception | None = None
     try:
-        mine = function()
-    except ChatStop as e:
-        stopped = str(e)
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, (mine, stopped))
-    for _, reason in everything:
-        if reason:
-            raise ChatStop(reason)
-    results = [result for result, _ in everything]
-    results[dist.get_rank()] = mine
-    return results
+        with may_interrupt() if interruptible else nullcontext():
+            mine = function()
+    except (ChatStop, Interrupted, TrainingStop, RecordError) as e:
+        error = e
+    results = gather((mine, error))
+    for _, other in results:
+        if other:
+            raise other
+    return [result for result, _ in results]  # type: ignore[misc]
 
 
 def from_rank_0(value: Any) -> Any:

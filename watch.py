@@ -44,103 +44,138 @@ def follow_launcher() -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-class Signals:
-    """SIGINT, SIGTERM, SIGHUP raise Interrupted, but only where that leaves nothing half-done."""
+class _Signals:
+    """Process-wide, as signal handlers are."""
 
-    def __init__(self) -> None:
-        self.reason = ""
-        self.allowed = False
-        self.first = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.handle)
+    reason = ""
+    allowed = False
+    first = 0.0
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.reason:
-            self.reason = f"{signal.Signals(number).name} received"
-            self.first = time.monotonic()
-            if self.allowed:
-                raise Interrupted(self.reason)
-        elif time.monotonic() - self.first > 2:  # torchrun passes on what the terminal sent us too
+
+def catch_signals() -> None:
+    """SIGINT, SIGTERM, SIGHUP raise Interrupted, but only inside `may_interrupt`."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _Signals.reason:
+            _Signals.reason = f"{signal.Signals(number).name} received"
+            _Signals.first = time.monotonic()
+            if _Signals.allowed:
+                raise Interrupted(_Signals.reason)
+        elif time.monotonic() - _Signals.first > 2:  # torchrun repeats what the terminal sends
             os._exit(4)
 
-    @contextmanager
-    def may_interrupt(self) -> Iterator[None]:
-        """Code that may be left anywhere: the step it belongs to is dropped."""
-        self.allowed = True
-        try:
-            if self.reason:
-                raise Interrupted(self.reason)
-            yield
-        finally:
-            self.allowed = False
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handle)
+
+
+@contextmanager
+def may_interrupt() -> Iterator[None]:
+    """Around work that may be left anywhere, since the step it belongs to is dropped."""
+    _Signals.allowed = True
+    try:
+        if _Signals.reason:
+            raise Interrupted(_Signals.reason)
+        yield
+    finally:
+        _Signals.allowed = False
+
+
+PHASE: dict[str, Any] = {"phase": "starting", "step": 0, "since": time.time()}
+STATUS: dict[str, Any] = {"state": "starting"}  # of the run; rank 0's counts
+_heartbeats: list["Heartbeat"] = []  # this process's, once it has one
+
+
+def set_phase(name: str, step: int | None = None, **status: Any) -> None:
+    """What this process is doing; `step` stays where it is None. status: of the run."""
+    step = PHASE["step"] if step is None else step
+    PHASE.update(phase=name, step=step, since=time.time())
+    STATUS.update(status)
+    for heartbeat in _heartbeats:
+        heartbeat.beat()
 
 
 class Heartbeat:
-    """This rank's phase on disk, every few seconds; and a look at the next rank's.
+    """This rank's phase on disk, at each change and every few seconds; a look at the next rank's.
 
-    patience: seconds for which a rank may stay silent, or in one phase. Waiting for the judge has
-    a patience of its own, the judge client's.
+    patience: seconds for which another rank may stay in one phase; waiting for the judge has a
+    patience of its own, the judge client's. Use it in a `with`.
     """
 
     EVERY = 5.0
-    SILENCE = 60.0  # a process that does not write for so long is stopped, or its machine is lost
+    SILENCE = 60.0  # a process that writes nothing for so long is frozen, or its machine is lost
+    PATIENT = ("judge_wait", "waiting for the other ranks", "done")
 
     def __init__(self, out: Path, rank: int, n_ranks: int, patience: float):
-        self.folder = out / "ranks"
-        self.folder.mkdir(exist_ok=True)
+        self.out = out
         self.rank = rank
         self.n_ranks = n_ranks
         self.patience = patience
+        self.started = time.time()
         self.ended = threading.Event()
-        self.phase("starting")
-        threading.Thread(target=self.run, daemon=True).start()
+        self.lock = threading.Lock()
+        (out / "ranks").mkdir(exist_ok=True)
 
-    def phase(self, name: str, step: int = 0) -> None:
-        self.now = {"rank": self.rank, "phase": name, "step": step, "since": time.time()}
+    def __enter__(self) -> "Heartbeat":
+        _heartbeats.append(self)
+        self.beat()
+        threading.Thread(target=self.run, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        set_phase("done")
+        _heartbeats.remove(self)
+
+    def file(self, rank: int) -> Path:
+        return self.out / "ranks" / f"{rank}.json"
 
     def beat(self) -> None:
-        host = {"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
-        write(self.folder / f"{self.rank}.json", json.dumps(self.now | host) + "\n", flush=False)
+        now = time.time()
+        me = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "beat": now}
+        with self.lock:
+            write(self.file(self.rank), json.dumps(me | PHASE) + "\n", flush=False)
+            if self.rank == 0:
+                status = STATUS | {"phase": PHASE["phase"], "step": PHASE["step"]}
+                status |= {"heartbeat": now, "host": me["host"], "pid": me["pid"]}
+                write(self.out / "status.json", json.dumps(status, indent=1) + "\n", flush=False)
 
     def run(self) -> None:
-        started = time.time()
         while not self.ended.wait(self.EVERY):
             self.beat()
-            other = read(self.folder / f"{(self.rank + 1) % self.n_ranks}.json")
-            if self.n_ranks > 1 and other.get("beat", 0) > started and (fault := self.fault(other)):
+            other = read_json(self.file((self.rank + 1) % self.n_ranks))
+            known = self.n_ranks > 1 and other.get("beat", 0) > self.started
+            if known and (fault := self.fault(other)):
                 print(f"\npolaris: {fault}\n{self.table()}", file=sys.stderr, flush=True)
+                if self.rank == 0:
+                    set_phase(PHASE["phase"], state="stopped", reason=fault, exit=5)
                 os._exit(5)
 
     def fault(self, other: dict[str, Any]) -> str:
         """What is wrong with another rank, "" if nothing."""
-        where = "rank {rank} ({host}, process {pid}) in phase '{phase}' of step {step}".format(
-            **other
-        )
+        where = f"rank {other['rank']} ({other['host']}, process {other['pid']})"
+        doing = f"in phase {other['phase']!r} of step {other['step']}"
         silent = time.time() - other["beat"]
-        if silent > self.SILENCE:
-            return f"{where} has been silent for {silent:.0f} s: the run stops; go on with --resume"
-        waits = other["phase"] in ("judge_wait", "waiting", "done")
-        if not waits and time.time() - other["since"] > self.patience:
+        if silent > self.SILENCE and other["phase"] != "done":
+            return f"{where} fell silent {silent:.0f} s ago {doing}; go on with --resume"
+        stuck = time.time() - other["since"]
+        if stuck > self.patience and other["phase"] not in self.PATIENT:
             return (
-                f"{where} has not moved for {self.patience:.0f} s: the run stops; go on with "
-                "--resume, and with a larger --rank-patience if it was only slow"
+                f"{where} has been {doing} for {stuck:.0f} s; go on with --resume, and with a "
+                "larger --rank-patience if it was only slow"
             )
         return ""
 
     def table(self) -> str:
-        ranks = [read(path) for path in sorted(self.folder.glob("*.json"))]
+        """All ranks, a line each."""
         lines = []
-        for r in ranks:
-            seconds = time.time() - r["since"]
-            lines.append(f"  rank {r['rank']}: {r['phase']}, step {r['step']}, for {seconds:.0f} s")
+        for rank in range(self.n_ranks):
+            r = read_json(self.file(rank))
+            if r:
+                seconds = time.time() - r["since"]
+                lines.append(f"  rank {rank}: {r['phase']}, step {r['step']}, for {seconds:.0f} s")
         return "\n".join(lines)
 
-    def close(self) -> None:
-        self.ended.set()
-        self.phase("done")
-        self.beat()
 
-
-def read(path: Path) -> dict[str, Any]:
-    """A heartbeat; empty where there is none yet."""
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in a file of one JSON object; empty where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
