@@ -262,9 +262,9 @@ def saved_values(given: dict[str, Any]) -> dict[str, Any]:
             f"--resume: {path} does not exist; name the directory of an earlier run with --out"
         )
     try:
-        saved = json.loads(path.read_text())
+        saved = dict(json.loads(path.read_text()).items())
         extra = sorted(set(saved) - {o.name for o in options()} - {"fingerprint", "resumed"})
-    except (ValueError, TypeError) as e:
+    except (ValueError, AttributeError) as e:
         raise ConfigError(f"{path} is broken ({e}): bring it back, or start a new run") from None
     if extra:
         raise ConfigError(

@@ -335,7 +335,8 @@ def train(run: Run, warm_examples: list[Example]) -> None:
     def validate_if_due(step: int) -> None:
         label = {0: "before", steps: "after"}.get(step, f"step {step}")
         if step in (0, steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-            run.save(step)
+            if step > 0:  # a validation that is cut short is done again, from here
+                run.save(step)
             set_phase("validation", step)
             validate(run, step, label)
 
