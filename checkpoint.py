@@ -5,6 +5,7 @@ number of ranks may load what any other wrote. Each rank reads a part of the fil
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import rundir
 from policy import Policy, load, save
 from ranks import gather, on_all_ranks
 from rundir import RecordError, checkpoints, last_line, rewind
-from watch import TrainingStop, set_phase
+from watch import Interrupted, TrainingStop, set_phase
 
 
 def save_step(
@@ -64,6 +65,33 @@ def save_step(
 
     on_all_ranks(finish, interruptible=False)
     set_phase("checkpoint", checkpoint=step)
+
+
+GRACE_BYTES = 20e9  # of a checkpoint, at 1 GB/s, within the 30 s that torchrun leaves its ranks
+
+
+def save_before_stop(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    out: Path,
+    step: int,
+    keep: int,
+    error: Exception,
+) -> None:
+    """A checkpoint of the last whole step, if the launcher's patience lasts for one."""
+    size = 12 * sum(p.numel() for p in policy.parameters())
+    if isinstance(error, Interrupted) and size > GRACE_BYTES:
+        if dist.get_rank() == 0:
+            print(
+                f"a checkpoint of {size / 1e9:.0f} GB would outlast the launcher's 30 s: "
+                "the last one stays the newest"
+            )
+        return
+    try:
+        save_step(policy, optimizer, out, step, keep)
+    except TrainingStop as full:  # the first reason is the one that counts
+        if dist.get_rank() == 0:
+            print(full, file=sys.stderr)
 
 
 def no_room(out: Path, reason: str, keep: int) -> TrainingStop:

@@ -61,7 +61,7 @@ class Log:
     def step(
         self, metrics: dict[str, Any], rows: list[Row], stats: list[dict[str, float]]
     ) -> dict[str, str]:
-        """Record one step; stats: of each rank's judge client. Returns the warnings that are new."""
+        """Record one step; stats: of each rank's judge client. Returns its new warnings."""
         bill = {name: self.spent.get(name, 0) + sum(s[name] for s in stats) for name in stats[0]}
         bill["dollars_projected"] = bill["dollars"] * self.steps / metrics["step"]
         metrics["judge"] = bill

@@ -58,7 +58,7 @@ from transformers.utils import logging as transformers_logging
 
 import data
 from chat import ChatStop
-from checkpoint import resume, save_step
+from checkpoint import resume, save_before_stop, save_step
 from config import Config, ConfigError, flatten, parse
 from data import DataError, Example
 from evals.report import print_summary, report
@@ -68,7 +68,7 @@ from judge import Judge, Verdict, start_stand_in
 from log import Log, Stopwatch, say
 from mini import world
 from policy import Policy, accumulate, apply, copy_weights, export, load_policy
-from ranks import from_rank_0, gather, join, on_all_ranks, setup
+from ranks import from_rank_0, gather, join, on_all_ranks, only_writer, setup, stop_if_asked
 from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed
 from rows import (
     Row,
@@ -81,19 +81,17 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import RecordError, append, fingerprint, lock, sweep, write
+from rundir import RecordError, append, fingerprint, sweep, write
 from watch import (
-    PHASE,
-    STATUS,
     Heartbeat,
     Interrupted,
     TrainingStop,
     catch_signals,
     follow_launcher,
+    leave,
     set_phase,
+    show_status,
 )
-
-GRACE_BYTES = 20e9  # of a checkpoint, at 1 GB/s, within the 30 s that torchrun leaves its ranks
 
 
 def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
@@ -298,8 +296,9 @@ def warm_start(run: Run, examples: list[Example]) -> None:
         for step in range(1, cfg.warm_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.warm_lr * (1 - 0.9 * (step - 1) / cfg.warm_steps)
+            stop_if_asked()
             chosen = data.step_examples(examples, cfg.seed, step, n_rows)
-            [rows, *_] = on_all_ranks(lambda: anchor_rows(run.tokenizer, chosen, cfg))
+            rows = anchor_rows(run.tokenizer, chosen, cfg)
             ids = [(row.prompt_ids, row.response_ids) for row in rows]
             n_tokens = sum(len(row.response_ids) for row in rows)
             ones = [1.0] * len(rows)
@@ -355,7 +354,7 @@ def train(run: Run, warm_examples: list[Example]) -> None:
                 raise TrainingStop(f"{warned[collapsed[0]]} (--stop-on-collapse)")
     except (ChatStop, Interrupted, TrainingStop) as error:
         run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
-        save_before_stop(run, done, error)
+        save_before_stop(run.policy, run.optimizer, run.out, done, cfg.keep, error)
         raise
 
 
@@ -377,23 +376,6 @@ def record_step(
             "checkpoint (move the newer ones away)"
         )
     return warned
-
-
-def save_before_stop(run: Run, step: int, error: Exception) -> None:
-    """A checkpoint of the last whole step, if it can be had before the launcher loses patience."""
-    size = 12 * run.copy.num_parameters()
-    if isinstance(error, Interrupted) and size > GRACE_BYTES:
-        if run.rank == 0:
-            print(
-                f"a checkpoint of {size / 1e9:.0f} GB would outlast the launcher's 30 s: "
-                "the last one stays the newest"
-            )
-        return
-    try:
-        run.save(step)
-    except TrainingStop as full:  # the first reason is the one that counts
-        if run.rank == 0:
-            print(full, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,7 +457,7 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
     started = time.perf_counter()
     rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
-    with open_judge(cfg, out) as judge, only_writer(out, main), ExitStack() as stack:
+    with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
         stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
         source = find_model(cfg.model) if cfg.model else out / "start"
@@ -502,14 +484,6 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
             report(out)
             print_summary(out)
             say(out, f"{(time.perf_counter() - started) / 60:.1f} minutes")
-
-
-@contextmanager
-def only_writer(out: Path, main: bool) -> Iterator[None]:
-    """Rank 0 holds the run directory's lock; all ranks stop where it is taken."""
-    with ExitStack() as stack:
-        on_all_ranks(lambda: stack.enter_context(lock(out)) if main else None)
-        yield
 
 
 def begin(cfg: Config, out: Path, examples: Examples) -> None:
@@ -580,21 +554,13 @@ def prepare(argv: list[str]) -> tuple[Config, Examples] | int:
         return 2
 
 
-STOPPED = {  # exception → (state, exit status, how to go on)
-    ChatStop: ("stopped", 3, "once the judge is back"),
-    Interrupted: ("interrupted", 4, ""),
-    TrainingStop: ("stopped", 5, "once that is mended"),
-    FloatingPointError: ("stopped", 5, "once that is mended"),
-}
-
-
 def main(argv: list[str]) -> int:
     """Exit status: 0 done; 2 settings or data; 3 the judge; 4 interrupted; 5 stopped by itself.
 
     1, with a traceback, is a fault of ours. 3, 4 and 5 can be resumed.
     """
     if argv[:1] == ["--status"]:
-        return show_status(argv[1:])
+        return show_status(Path(*argv[1:2]))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     follow_launcher()
@@ -611,51 +577,17 @@ def main(argv: list[str]) -> int:
         out = cfg.out
         mesh, device = setup(cfg)
         run(cfg, mesh, device, examples)
-        return leave(0, out, "done")
+        return leave(0, out)
     except (ConfigError, DataError, RecordError) as e:
-        return leave(2, "", "", str(e))
-    except tuple(STOPPED) as e:
-        state, status, when = STOPPED[type(e)]
-        return leave(status, out, state, str(e), when)
+        return leave(2, reason=str(e))
+    except (ChatStop, Interrupted, TrainingStop, FloatingPointError) as e:
+        statuses: dict[type, int] = {ChatStop: 3, Interrupted: 4}
+        return leave(statuses.get(type(e), 5), out, str(e))
     except Exception:
-        leave(1, out, "failed", traceback.format_exc())
+        leave(1, out, traceback.format_exc())
         raise
     finally:
         dist.destroy_process_group()
-
-
-def leave(status: int, out: str = "", state: str = "", reason: str = "", when: str = "") -> int:
-    """Say, on rank 0, why the run ends; keep it in status.json and for train.sh."""
-    if dist.get_rank() > 0:
-        return status
-    command = f"--out {out} --resume"
-    run_exists = bool(out) and (Path(out) / "config.json").exists()
-    if reason and state != "failed":
-        print(f"\npolaris: {reason}", file=sys.stderr)
-    if when is not None and status in (3, 4, 5) and run_exists:
-        print(f"Nothing is lost: go on with {command} {when}".rstrip() + ".", file=sys.stderr)
-    if run_exists and (Path(out) / "status.json").exists():
-        facts = STATUS | {"state": state, "exit": status, "reason": reason, "resume": command}
-        facts |= {"phase": PHASE["phase"], "step": PHASE["step"], "heartbeat": time.time()}
-        write(Path(out) / "status.json", json.dumps(facts, indent=1) + "\n")
-    if file := os.environ.get("POLARIS_EXIT_STATUS"):  # torchrun returns 1, whatever we return
-        Path(file).write_text(str(status))
-    return status
-
-
-def show_status(argv: list[str]) -> int:
-    """Print the status of a run, alive or not."""
-    path = Path(argv[0] if argv else ".") / "status.json"
-    if not path.exists():
-        print(f"polaris: {path} does not exist; give the directory of a run", file=sys.stderr)
-        return 2
-    status = json.loads(path.read_text())
-    age = time.time() - status["heartbeat"]
-    if "exit" not in status and age > 60:
-        status["state"] = "lost: killed without a word; go on with --resume"
-    for name, value in (status | {"heartbeat": f"{age:.0f} s ago"}).items():
-        print(f"{name:12} {value}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ sharded inside a node and replicated across (HSDP).
 """
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chat import ChatStop
 from config import Config, ConfigError
-from rundir import RecordError
+from rundir import RecordError, lock
 from watch import PHASE, Interrupted, TrainingStop, may_interrupt, set_phase
 
 
@@ -90,8 +91,21 @@ def on_all_ranks(function: Callable[[], T], interruptible: bool = True) -> list[
     return [result for result, _ in results]  # type: ignore[misc]
 
 
+def stop_if_asked() -> None:
+    """A place where all ranks may stop together: Interrupted, if a signal came to one."""
+    on_all_ranks(lambda: None)
+
+
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on all ranks."""
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Rank 0 holds the run directory's lock; all ranks stop where it is taken."""
+    with ExitStack() as stack:
+        on_all_ranks(lambda: None if dist.get_rank() else stack.enter_context(lock(out)))
+        yield

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
+
 from rundir import write
 
 
@@ -79,6 +81,10 @@ def may_interrupt() -> Iterator[None]:
     finally:
         _Signals.allowed = False
 
+
+# --------------------------------------------------------------------------------------------------
+# Status and heartbeats
+# --------------------------------------------------------------------------------------------------
 
 PHASE: dict[str, Any] = {"phase": "starting", "step": 0, "since": time.time()}
 STATUS: dict[str, Any] = {"state": "starting"}  # of the run; rank 0's counts
@@ -179,3 +185,41 @@ class Heartbeat:
 def read_json(path: Path) -> dict[str, Any]:
     """What is in a file of one JSON object; empty where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+STATES = {0: "done", 1: "failed", 2: "refused", 3: "stopped", 4: "interrupted", 5: "stopped"}
+WHEN = {3: " once the judge is back", 4: "", 5: " once that is mended"}
+
+
+def leave(status: int, out: str = "", reason: str = "") -> int:
+    """Say, on rank 0, why a run ends; keep it in its status.json, and for train.sh. -> status"""
+    if dist.get_rank() > 0:
+        return status
+    if file := os.environ.get("POLARIS_EXIT_STATUS"):  # torchrun returns 1, whatever we return
+        Path(file).write_text(str(status))
+    if reason and status != 1:  # 1 comes with a traceback
+        print(f"\npolaris: {reason}", file=sys.stderr)
+    if out and (Path(out) / "status.json").exists():
+        again = f"--out {out} --resume"
+        if status in WHEN:
+            print(f"Nothing is lost: go on with {again}{WHEN[status]}.", file=sys.stderr)
+        facts = STATUS | {"state": STATES[status], "exit": status, "reason": reason}
+        facts |= {"phase": PHASE["phase"], "step": PHASE["step"], "heartbeat": time.time()}
+        facts |= {"resume": again} if status else {}
+        write(Path(out) / "status.json", json.dumps(facts, indent=1) + "\n")
+    return status
+
+
+def show_status(out: Path) -> int:
+    """Print the status of a run, alive or not."""
+    path = out / "status.json"
+    if not path.exists():
+        print(f"polaris: {path} does not exist; give the directory of a run", file=sys.stderr)
+        return 2
+    status = read_json(path)
+    age = time.time() - status["heartbeat"]
+    if "exit" not in status and age > Heartbeat.SILENCE:
+        status["state"] = "lost: killed without a word; go on with --resume"
+    for name, value in (status | {"heartbeat": f"{age:.0f} s ago"}).items():
+        print(f"{name:12} {value}")
+    return 0
