@@ -229,6 +229,7 @@ def parse(argv: list[str]) -> Config:
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         allow_abbrev=False,
     )
+    parser.add_argument("--status", metavar="RUN", help="print where a run is, and nothing else")
     groups: dict[str, Any] = {}
     for o in options():
         if o.group not in groups:
@@ -248,6 +249,8 @@ def parse(argv: list[str]) -> Config:
                 help=text,
             )
     given = vars(parser.parse_args(argv))
+    if "status" in given:
+        parser.error("--status RUN stands alone")
     base = saved_values(given) if given.get("resume") else PRESETS[given.get("preset", "mini")]
     cfg = unflatten(base | given)
     check(cfg)

@@ -348,3 +348,29 @@ def test_status_of_a_run_that_is_gone(tmp_path, capsys):
     (tmp_path / "status.json").write_text(json.dumps({"state": "training", "heartbeat": 1.0}))
     assert polaris.main(["--status", str(tmp_path)]) == 0
     assert "lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_run_goes_on_only_with_what_it_began_with(what, tmp_path, monkeypatch):
+    from config import parse
+
+    data, model, out = tmp_path / "data.jsonl", tmp_path / "model", tmp_path / "run"
+    data.write_text('{"uid": "a"}\n')
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(5000000))
+    out.mkdir()
+    argv = ["--preset", "paper", "--data", str(data), "--model", str(model), "--out", str(out)]
+    cfg = parse([*argv, "--judge-url", "http://localhost:1/v1"])
+    examples = polaris.Examples([], [], [])
+    polaris.begin(cfg, out, examples)
+    again = parse(["--out", str(out), "--resume", "--save-every", "7"])
+    polaris.begin(again, out, examples)
+    assert json.loads((out / "config.json").read_text())["resumed"][0]["save_every"] == 7
+    if what == "data":
+        data.write_text('{"uid": "b"}\n')
+    else:
+        with open(model / "model.safetensors", "r+b") as file:
+            file.seek(2600000)
+            file.write(b"1")
+    with pytest.raises(RecordError, match=f"{what}.* is not what this run began with"):
+        polaris.begin(again, out, examples)
