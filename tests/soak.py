@@ -47,16 +47,17 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.open() if line.endswith("\n")]
 
 
-def session(leader: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if sid == str(leader) and state != "Z":
-            found.append(int(stat.parent.name))
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    found = ranks_of(pid)
+    for child in found:
+        found += ranks_of(child)
     return found
 
 
@@ -87,6 +88,7 @@ def kills(args: argparse.Namespace, folder: Path) -> bool:
         after = rng.uniform(4, 22)
         time.sleep(after)
         ranks = ranks_of(run.pid)
+        family = [run.pid, *descendants(run.pid)]
         victims = [("launcher", run.pid), *((f"rank {i}", pid) for i, pid in enumerate(ranks))]
         whom, pid = rng.choice(victims)
         try:
@@ -95,9 +97,9 @@ def kills(args: argparse.Namespace, folder: Path) -> bool:
             whom += " (gone)"
         run.wait()
         deadline = time.monotonic() + 40
-        while session(run.pid) and time.monotonic() < deadline:
+        while any(map(alive, family)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        left = len(session(run.pid))
+        left = sum(map(alive, family))
         steps = len(read(out / "metrics.jsonl")) if (out / "metrics.jsonl").exists() else 0
         print(
             f"| {number + 1:4} | {whom:10} | {after:4.1f} s | {steps:12} | {left:12} |", flush=True
