@@ -1,36 +1,36 @@
-"""One token through the layers of a model, in few kernels: what `rollout.py` puts in place of the model's own modules.
+"""One token through the layers of a model, in few kernels: what `rollout.py` decodes with.
 
-At 10 rows a decoded token costs what it takes to read the weights and the states once: 17 GB for Qwen3.5-9B, 10 ms on
-an A100. Beside that, a kernel of 2 us is dear when there are a thousand, and so is every further sweep over 0.5 GB of
-recurrent states. For one step of Qwen3.5-9B's 32 layers, by count (the last two with sampling):
+With few rows a token costs what it takes to read weights and states once, if kernels are few. A
+step of Qwen3.5-9B (32 layers, 10 rows, with sampling), counted:
 
-                                 kernels a step    sweeps over a state    programs that read a head's part of a cache
-    transformers' own modules        2,232                 13                               1
-    here, in torch                   1,569                  5                               1
-    here, in Triton, on a GPU          743                  2                      1 per 256 positions
-    (kernels: operations of torch that are no views, and our own; 249 of each line are matrix products)
+                                kernels   sweeps over a state   programs a head's cache
+    transformers' own modules     2,232            13                      1
+    here, in torch                1,569             5                      1
+    here, in Triton, on a GPU       743             2            1 per 256 positions
 
-Attention of one token over the S positions of a row's cache, split into parts P of 256 (as flash-decoding does, so
-that a few rows with a few key heads keep a whole GPU busy):
+Attention of one token over the S positions of a row's cache, in parts P of 256 positions, so that
+ten rows still fill a GPU (as flash-decoding does):
 
-    z_s = scale q.k_s + mask_s;   o_P = softmax(z over P) v,   lse_P = log sum_P exp z_s;   o = softmax(lse over P) o_P
+    z_s = scale q.k_s + mask_s;   o_P = softmax(z over P) v,   lse_P = log sum_P exp z_s
+    o = softmax(lse over P) o_P
 
-Gated DeltaNet (arXiv 2412.06464): per value head a state S [K, V] in fp32, with decay a and write strength b
+Gated DeltaNet (arXiv 2412.06464): a state S [K, V] a value head, fp32; decay a, write strength b:
 
     S <- a S + k (b (v - a S'k))',   o = S'q
 
-All of it rounds where the model rounds, so that in bf16, too, stories are sampled from the distribution that training
-will see. Known layers are replaced by class name (`LEAN`); any other module of the model stays as it is.
+All of it rounds where the model rounds: in bf16, too, what is sampled is what is trained. Layers
+are known by class name (`LEAN`); others stay as they are.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
 
 try:
     import triton
@@ -38,37 +38,33 @@ try:
 except ImportError:  # no GPU build of torch: the same in torch
     triton = None
 
-FUSED = {
-    "cuda": triton is not None,
-    "cpu": triton is not None and os.environ.get("TRITON_INTERPRET") == "1",
-}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FUSED = {"cuda": triton is not None, "cpu": triton is not None and INTERPRETED}
 PART = 256  # positions of a cache that one program reads
 
 
 def fused(x: Tensor) -> bool:
+    """Whether the kernels in Triton can take `x`."""
     return FUSED[x.device.type] and x.dtype != torch.float64
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# ------ attention
 
 
-def _attend(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **kwargs):
-    """Attention of one token a row: query [R, H, 1, D]; key, value [R, KV, S, D]; additive mask [R, 1, 1, S].
+def _attend(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **_):
+    """query [R, H, 1, D]; key, value [R, KV, S, D]; additive mask [R, 1, 1, S] -> [R, 1, H, D].
 
-    The H / KV query heads of a key head are H / KV queries to it, so that the cache is read once and never repeated.
+    The query heads of a key head are H / KV queries to it: the cache is never repeated.
     """
     if softcap is not None or s_aux is not None:
-        raise ValueError(
-            "rollout.py decodes plain softmax attention: no soft cap, no attention sinks"
-        )
+        raise ValueError("rollout.py decodes attention without a soft cap and without sinks")
     (rows, heads, _, dim), kv = query.shape, key.shape[1]
     query = query.reshape(rows, kv, heads // kv, dim)
     if fused(query) and key.shape == value.shape:
         out = _attend_triton(query, key, value, attention_mask, scaling)
     else:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling
-        )
+        options = {"attn_mask": attention_mask, "scale": scaling}
+        out = F.scaled_dot_product_attention(query, key, value, **options)
     return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
@@ -76,33 +72,23 @@ AttentionInterface.register("rollout_decode", _attend)
 
 
 def _attend_triton(query, key, value, mask, scaling):
-    """query [R, KV, G, D]; key, value [R, KV, S, D], rows of one static tensor; mask [R, 1, 1, S] -> [R, KV, G, D]."""
+    """query [R, KV, G, D]; key, value [R, KV, S, D], rows of one static tensor -> [R, KV, G, D]."""
     rows, kv, group, dim = query.shape
-    parts, block_d = triton.cdiv(key.shape[2], PART), max(16, triton.next_power_of_2(dim))
-    block = max(
-        16, min(64, 16384 // (block_d * key.itemsize))
-    )  # 16 KB of keys a turn: three turns are in flight
-    out = query.new_empty(rows * kv, parts, group, dim, dtype=torch.float32)
-    lse = query.new_empty(rows * kv, parts, group, dtype=torch.float32)
-    _attend_kernel[rows * kv, parts](
-        *(
-            query.contiguous(),
-            key,
-            value,
-            mask,
-            out,
-            lse,
-            scaling,
-            key.stride(0) // kv,
-            key.shape[2],
-        ),
-        **dict(KV=kv, G=group, D=dim, PART=PART),
-        **dict(BLOCK_D=block_d, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block),
-    )
+    positions, lanes = key.shape[2], rows * kv
+    parts = triton.cdiv(positions, PART)
+    out = query.new_empty(lanes, parts, group, dim, dtype=torch.float32)
+    lse = query.new_empty(lanes, parts, group, dtype=torch.float32)
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_g = max(16, triton.next_power_of_2(group))
+    block = max(16, min(64, 16384 // (block_d * key.itemsize)))  # 16 KB of keys a turn
+    tensors = query.contiguous(), key, value, mask, out, lse
+    sizes = {"KV": kv, "G": group, "D": dim, "PART": PART}
+    sizes |= {"BLOCK_D": block_d, "BLOCK_G": block_g, "BLOCK": block}
+    _attend_kernel[lanes, parts](*tensors, scaling, key.stride(0) // kv, positions, **sizes)
     return (lse.softmax(1)[..., None] * out).sum(1).type_as(query).view(query.shape)
 
 
-# --------------------------------------------------------------------------------------------------------------- norms
+# ------ norms
 
 
 def _rms_norm(module, x):
@@ -118,58 +104,49 @@ def _rms_norm_about_one(module, x):
     """round((1 + w) * x / rms): Qwen3.5."""
     if fused(x):
         return _norm_triton(x, module.weight, module.eps, about_one=True)
-    return F.rms_norm(
-        x.float(), module.weight.shape, module.weight.float() + 1, module.eps
-    ).type_as(x)
+    weight = module.weight.float() + 1
+    return F.rms_norm(x.float(), weight.shape, weight, module.eps).type_as(x)
 
 
 def _norm_triton(x, weight, eps, about_one=False, gate=None):
-    """x [..., D] with one stride between its rows of D; gate [..., D] contiguous."""
+    """x [..., D] with one stride between its rows; gate [..., D] contiguous."""
     rows, dim = x.flatten(0, -2), x.shape[-1]
-    out, block = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        triton.next_power_of_2(dim),
-    )
-    gated, warps = gate is not None, max(1, min(8, block // 256))
-    _norm_kernel[(len(rows),)](
-        *(rows, weight, gate if gated else x, out, eps, rows.stride(0)),
-        **dict(D=dim, BLOCK=block, ABOUT_ONE=about_one, GATED=gated, num_warps=warps),
-    )
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    gated = gate is not None
+    block = triton.next_power_of_2(dim)
+    options = {"ABOUT_ONE": about_one, "GATED": gated, "num_warps": max(1, min(8, block // 256))}
+    tensors = rows, weight, gate if gated else x, out
+    _norm_kernel[(len(rows),)](*tensors, eps, rows.stride(0), D=dim, BLOCK=block, **options)
     return out
 
 
-# ------------------------------------------------------------------------------------------------------ Gated DeltaNet
+# ------ Gated DeltaNet
 
 
 def _delta_net(module, hidden_states, cache_params, **kwargs):
-    """Gated DeltaNet for one token a row, its two states updated in place: [R, 1, E] -> [R, 1, E]."""
+    """Gated DeltaNet for one token a row [R, 1, E] -> [R, 1, E]; updates its states in place."""
     layer = cache_params.layers[module.layer_idx]
     project = module.in_proj_qkv, module.in_proj_z, module.in_proj_a, module.in_proj_b
-    inputs = [
-        p(hidden_states) for p in project
-    ]  # [R, 1, 2 HK K + HV V], [R, 1, HV V], [R, 1, HV] twice
+    inputs = [p(hidden_states) for p in project]  # [R, 1, C], [R, 1, HV V], [R, 1, HV] twice
     step = _delta_step_triton if fused(hidden_states) else _delta_step
     return module.out_proj(step(module, *inputs, layer.conv_states[0], layer.recurrent_states[0]))
 
 
 def _delta_step(module, x, z, a, b, conv, state):
-    """conv [R, C, 4], state [R, HV, K, V] -> [R, 1, HV V].
+    """conv [R, C, 4] with C = 2 HK K + HV V, state [R, HV, K, V] -> [R, 1, HV V].
 
-    S'k and S'q are one product with the old S, because S_new'q = a S'q + (k.q) b (v - a S'k).
+    S'k and S'q are one product with the old S, as S_new'q = a S'q + (k.q) b (v - a S'k).
     """
-    rows, (heads, dim_k, dim_v) = len(state), state.shape[1:]
+    rows, heads, dim_k, dim_v = state.shape
+    wide_v = heads * dim_v
     conv.copy_(torch.cat((conv[:, :, 1:], x.transpose(1, 2)), -1))
-    x = (
-        (conv.float() * module.conv1d.weight.squeeze(1)).sum(-1).type_as(x)
-    )  # the convolution's last position: [R, C]
-    qk, v = F.silu(x).float().split((conv.shape[1] - heads * dim_v, heads * dim_v), -1)
-    # x / |x| is an RMS norm over sqrt(K); one scale of 1 / sqrt(K) more belongs to q and comes at the end.
-    qk = (
-        F.rms_norm(qk.reshape(rows, 2, -1, dim_k), (dim_k,), eps=1e-6 / dim_k) * dim_k**-0.5
-    )  # [R, 2, HK, K]
-    qk = (
-        qk.transpose(1, 2).repeat_interleave(heads // qk.shape[2], 1).flatten(0, 1)
-    )  # [R * HV, 2, K]
+    x = (conv.float() * module.conv1d.weight.squeeze(1)).sum(-1).type_as(x)  # [R, C]
+    qk, v = F.silu(x).float().split((conv.shape[1] - wide_v, wide_v), -1)
+    # x / |x| is an RMS norm over sqrt(K); one 1 / sqrt(K) more belongs to q and comes at the end.
+    qk = qk.reshape(rows, 2, -1, dim_k)  # [R, 2, HK, K]
+    qk = F.rms_norm(qk, (dim_k,), eps=1e-6 / dim_k) * dim_k**-0.5
+    qk = qk.transpose(1, 2).repeat_interleave(heads // qk.shape[2], 1)  # [R, HV, 2, K]
+    qk = qk.flatten(0, 1)
     decay = (-module.A_log.float().exp() * F.softplus(a.float() + module.dt_bias)).exp()
     write = b.sigmoid().float()  # [R, 1, HV], as is the decay
     state = state.view(rows * heads, dim_k, dim_v).mul_(decay.view(-1, 1, 1))
@@ -178,7 +155,8 @@ def _delta_step(module, x, z, a, b, conv, state):
     delta = (v.reshape(rows * heads, 1, dim_v) - read[:, 1:]) * write.view(-1, 1, 1)
     state.baddbmm_(k.transpose(1, 2), delta)
     out = (read[:, :1] + (q * k).sum(-1, keepdim=True) * delta) * dim_k**-0.5
-    out = _rms_norm(module.norm, out.type_as(x)) * F.silu(z.float()).view(rows * heads, 1, dim_v)
+    gate = F.silu(z.float()).view(rows * heads, 1, dim_v)
+    out = _rms_norm(module.norm, out.type_as(x)) * gate
     return out.type_as(x).view(rows, 1, -1)
 
 
@@ -186,34 +164,35 @@ def _delta_step_triton(module, x, z, a, b, conv, state):
     """As `_delta_step`, in three kernels, reading and writing each state once."""
     rows, channels, taps = conv.shape
     heads, dim_k, dim_v = state.shape[1:]
+    heads_k = (channels - heads * dim_v) // (2 * dim_k)
     mixed, out = torch.empty_like(x), x.new_empty(rows, 1, heads, dim_v)
     grid = rows, triton.cdiv(channels, 256)
-    _convolution_kernel[grid](
-        x, conv, module.conv1d.weight, mixed, channels, TAPS=taps, BLOCK=256, num_warps=4
-    )
+    tensors = x, conv, module.conv1d.weight, mixed
+    _convolution_kernel[grid](*tensors, channels, TAPS=taps, BLOCK=256, num_warps=4)
     block = min(32, dim_v)
-    _delta_kernel[rows * heads, dim_v // block](
-        *(mixed, a, b, module.A_log, module.dt_bias, state, out),
-        **dict(
-            HV=heads, HK=(channels - heads * dim_v) // (2 * dim_k), K=dim_k, V=dim_v, BLOCK=block
-        ),
-    )
+    tensors = mixed, a, b, module.A_log, module.dt_bias, state, out
+    sizes = {"HV": heads, "HK": heads_k, "K": dim_k, "V": dim_v, "BLOCK": block}
+    _delta_kernel[rows * heads, dim_v // block](*tensors, **sizes)
     return _norm_triton(out, module.norm.weight, module.norm.variance_epsilon, gate=z).flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------------------ a model's
+# ------ a model's
 
-LEAN = {"Qwen3_5GatedDeltaNet": _delta_net, "Qwen3_5RMSNorm": _rms_norm_about_one} | dict.fromkeys(
-    ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm"), _rms_norm
-)
+LEAN: dict[str, Callable[..., Tensor]] = {
+    "Qwen2RMSNorm": _rms_norm,
+    "Qwen3RMSNorm": _rms_norm,
+    "LlamaRMSNorm": _rms_norm,
+    "Qwen3_5RMSNorm": _rms_norm_about_one,
+    "Qwen3_5GatedDeltaNet": _delta_net,
+}
 
 
 @contextmanager
-def decoding(model: nn.Module):
-    """Decode with the functions above; every other module of the model stays as it is."""
+def decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Decode with the functions above."""
     config = model.config.get_text_config(decoder=True)
     attention = config._attn_implementation
-    # A forward set on the instance (by accelerate, by a kernel hub) is somebody's wish: left alone.
+    # A forward set on the instance is somebody's (accelerate's, a kernel hub's): theirs is kept.
     lean = [m for m in model.modules() if type(m).__name__ in LEAN and "forward" not in vars(m)]
     config._attn_implementation = "rollout_decode"
     for module in lean:
@@ -226,7 +205,7 @@ def decoding(model: nn.Module):
             del module.forward
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+# ------ kernels
 
 if triton is not None:
 
@@ -236,15 +215,13 @@ if triton is not None:
         KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
         PART: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One part of one lane (row and key head), its G queries at once: o_P [G, D] and lse_P [G]."""
+        """One part of one lane (row and key head), for its G queries: o_P [G, D], lse_P [G]."""
         lane, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         g, d = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_D)[None]
         at = g * D + d
         q = tl.load(query + lane * G * D + at, mask=(g < G) & (d < D), other=0.0)  # [G, D]
-        top, total = (
-            tl.full([BLOCK_G], -1e30, tl.float32),
-            tl.zeros([BLOCK_G], tl.float32),
-        )  # finite: no inf - inf
+        top = tl.full([BLOCK_G], -1e30, tl.float32)  # finite: no inf - inf
+        total = tl.zeros([BLOCK_G], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         for start in range(0, PART, BLOCK):
             s = part * PART + start + tl.arange(0, BLOCK)
@@ -252,25 +229,21 @@ if triton is not None:
             inside = (s[:, None] < S) & (d < D)
             k = tl.load(keys + here, mask=inside, other=0.0)  # [S, D]
             v = tl.load(values + here, mask=inside, other=0.0)
-            bias = tl.load(mask + lane // KV * S + s, mask=s < S, other=-float("inf")).to(
-                tl.float32
-            )
-            z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None]  # [G, S]
+            bias = tl.load(mask + lane // KV * S + s, mask=s < S, other=-float("inf"))
+            z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [G, S]
+            z += bias.to(tl.float32)[None]
             new_top = tl.maximum(top, tl.max(z, 1))
-            p, kept = tl.exp(z - new_top[:, None]), tl.exp(top - new_top)
+            p = tl.exp(z - new_top[:, None])
+            kept = tl.exp(top - new_top)
             total = total * kept + tl.sum(p, 1)
             acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             top = new_top
         place = lane * tl.num_programs(1) + part
-        tl.store(
-            out + place * G * D + at,
-            acc / tl.maximum(total, 1e-30)[:, None],
-            mask=(g < G) & (d < D),
-        )
+        o = acc / tl.maximum(total, 1e-30)[:, None]
+        tl.store(out + place * G * D + at, o, mask=(g < G) & (d < D))
         row = tl.arange(0, BLOCK_G)
-        tl.store(
-            lse + place * G + row, top + tl.log(total), mask=row < G
-        )  # -inf where nothing may be read
+        # -inf where nothing may be read
+        tl.store(lse + place * G + row, top + tl.log(total), mask=row < G)
 
     @triton.jit
     def _norm_kernel(
@@ -285,11 +258,8 @@ if triton is not None:
         if ABOUT_ONE:
             y = y * (1 + w)
         else:
-            y = (
-                (y.to(out.dtype.element_ty).to(tl.float32) * w)
-                .to(out.dtype.element_ty)
-                .to(tl.float32)
-            )
+            y = y.to(out.dtype.element_ty).to(tl.float32) * w
+            y = y.to(out.dtype.element_ty).to(tl.float32)
         if GATED:
             z = tl.load(gate + row * D + d, mask=d < D, other=0.0).to(tl.float32)
             y = y * z * tl.sigmoid(z)
@@ -297,15 +267,17 @@ if triton is not None:
 
     @triton.jit
     def _convolution_kernel(x, state, weight, out, C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-        """The causal convolution's last position for a block of channels of one row, and silu; the state moves on."""
+        """The convolution's last position and silu, for some channels of a row; moves the state."""
         row, tap = tl.program_id(0).to(tl.int64), tl.arange(0, TAPS)[None]
         c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = (row * C + c[:, None]) * TAPS + tap, c[:, None] < C
+        at = (row * C + c[:, None]) * TAPS + tap
+        inside = c[:, None] < C
         old = tl.load(state + at + 1, mask=inside & (tap < TAPS - 1), other=0.0)
         new = tl.load(x + row * C + c, mask=c < C, other=0.0)
         moved = tl.where(tap < TAPS - 1, old, new[:, None])  # [C, taps]
         w = tl.load(weight + c[:, None] * TAPS + tap, mask=inside, other=0.0)
-        y = tl.sum(moved.to(tl.float32) * w.to(tl.float32), 1).to(x.dtype.element_ty).to(tl.float32)
+        y = tl.sum(moved.to(tl.float32) * w.to(tl.float32), 1)
+        y = y.to(x.dtype.element_ty).to(tl.float32)
         tl.debug_barrier()  # a thread may store what another has yet to read
         tl.store(state + at, moved, mask=inside)
         tl.store(out + row * C + c, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=c < C)
@@ -315,7 +287,7 @@ if triton is not None:
         x, a, b, A_log, dt_bias, state, out,
         HV: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """BLOCK columns of one row's and value head's state S [K, V]; x holds q [HK, K], k [HK, K], v [HV, V] a row."""
+        """BLOCK columns of a state S [K, V] of one row and value head; a row of x: q, k, v."""
         lane = tl.program_id(0).to(tl.int64)
         row, head = lane // HV, lane % HV
         i, j = tl.arange(0, K), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -328,7 +300,8 @@ if triton is not None:
         t = tl.load(a + lane).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
         softplus = tl.where(t > 20, t, tl.log(1 + tl.exp(t)))
         decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus)
-        write = tl.sigmoid(tl.load(b + lane).to(tl.float32)).to(b.dtype.element_ty).to(tl.float32)
+        write = tl.sigmoid(tl.load(b + lane).to(tl.float32))
+        write = write.to(b.dtype.element_ty).to(tl.float32)
         where = state + lane * K * V + i[:, None] * V + j[None]
         s = tl.load(where) * decay  # [K, BLOCK]
         delta = (v - tl.sum(s * k[:, None], 0)) * write

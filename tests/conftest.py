@@ -1,4 +1,4 @@
-"""Tests run from anywhere, import the modules from the repository's root, and never reach for a network."""
+"""Tests run from anywhere, import from the repository's root, and never reach for a network."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def mini_model(tmp_path_factory):
     """A random miniature with its tokenizer: (directory, examples)."""
-    import mini.world as mini
+    from mini import world
 
-    examples = mini.fables(200, seed=0)
+    examples = world.fables(200, seed=0)
     path = tmp_path_factory.mktemp("mini") / "start"
-    mini.make_model(path, examples, seed=0, hidden=32)
+    world.make_model(path, examples, seed=0, hidden=32)
     return path, examples

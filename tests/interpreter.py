@@ -1,4 +1,4 @@
-"""Triton's interpreter: kernels on the CPU, in a process that has TRITON_INTERPRET=1 before it first imports Triton."""
+"""Triton's interpreter: kernels on the CPU, in a process that sets TRITON_INTERPRET=1 first."""
 
 import os
 import subprocess
@@ -6,19 +6,16 @@ import sys
 
 
 def run(file: str, cases: str) -> None:
-    """Run a test file's `cases` (pytest's -k) in the interpreter, in a process of their own; none may be skipped."""
+    """Run a test file's `cases` (pytest's -k) in the interpreter; none may be skipped."""
     command = [sys.executable, "-m", "pytest", file, "-q", "-k", cases, "-p", "no:cacheprovider"]
-    env = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    path = os.pathsep.join(filter(None, sys.path))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
 
 
 def mend() -> None:
-    """Triton 3.6's truncates where a GPU rounds fp32 to bf16, and multiplies bf16 matrices as if they were integers."""
+    """Triton 3.6's truncates fp32 to bf16 where a GPU rounds, and multiplies bf16 as integers."""
     import numpy as np
     import torch
     import triton.language as tl
@@ -33,11 +30,9 @@ def mend() -> None:
         return convert(x, source, target, rounding)
 
     def wide(x):
-        return (
-            convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-            if x.dtype == tl.bfloat16
-            else x.data
-        )
+        if x.dtype != tl.bfloat16:
+            return x.data
+        return convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
 
     def dot(self, a, b, sums, *_):
         product = np.matmul(wide(a), wide(b), dtype=sums.data.dtype)

@@ -1,4 +1,4 @@
-"""decode.py's kernels: the arithmetic of their torch twins, which test_rollout.py holds against transformers.
+"""decode.py's kernels: the arithmetic of their torch twins, which test_rollout.py checks.
 
 On a GPU they run as they are; elsewhere in Triton's interpreter, in a process of their own.
 """
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import interpreter
@@ -48,9 +49,8 @@ def assert_same(got, want):
     assert got.dtype == want.dtype and got.shape == want.shape
     if got.dtype == torch.bfloat16:
         assert (got != want).float().mean() <= 0.01
-    torch.testing.assert_close(
-        got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5
-    )
+    tolerance = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-5)
 
 
 @in_triton
@@ -60,7 +60,7 @@ def assert_same(got, want):
     [(8, 2, 1, 32), (20, 1, 3, 256), (64, 2, 4, 300), (128, 1, 17, 544)],
 )
 def test_attention_in_triton(dim, kv, group, bucket, dtype):
-    """Ragged rows, parts of which nothing may be read, padded sizes; what lies behind the bucket is never looked at."""
+    """Ragged rows, parts with nothing to read, padded sizes; never a look behind the bucket."""
     rows = 3
     query = normal(rows, kv * group, 1, dim, dtype=dtype)
     keys, values = (normal(rows * kv, bucket + 32, dim, dtype=dtype, seed=s) for s in (1, 2))
@@ -70,13 +70,10 @@ def test_attention_in_triton(dim, kv, group, bucket, dtype):
         mask[row, ..., last + 1 :] = float("-inf")
     key, value = (t[:, :bucket].unflatten(0, (rows, kv)) for t in (keys, values))
     got, _ = decode._attend(None, query, key, value, mask, 0.3)
-    double = [
-        t.double()
-        for t in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask)
-    ]
-    want = F.scaled_dot_product_attention(*double[:3], attn_mask=double[3], scale=0.3).transpose(
-        1, 2
-    )
+    whole = [t.repeat_interleave(group, 1) for t in (key, value)]
+    double = [t.double() for t in (query, *whole, mask)]
+    want = F.scaled_dot_product_attention(*double[:3], attn_mask=double[3], scale=0.3)
+    want = want.transpose(1, 2)
     assert got.dtype == dtype and got.shape == (rows, 1, kv * group, dim)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -86,9 +83,8 @@ def test_attention_in_triton(dim, kv, group, bucket, dtype):
 @FLOATS
 @pytest.mark.parametrize("dim", [1, 48, 128, 1000])
 def test_norms_in_triton(dim, dtype):
-    x = normal(5, 1, 3, 2 * dim, dtype=dtype)[
-        ..., :dim
-    ]  # rows with a gap between them, as Qwen3.5's queries have
+    x = normal(5, 1, 3, 2 * dim, dtype=dtype)
+    x = x[..., :dim]  # rows with a gap between them, as Qwen3.5's queries have
     for kind in ("qwen3", "qwen3.5"):
         module = type(make(kind).model.norm)(dim).to(DEVICE, dtype)
         with torch.no_grad():
@@ -102,7 +98,7 @@ def test_norms_in_triton(dim, dtype):
     ("k", "v", "heads_k", "heads_v"), [(8, 4, 2, 4), (16, 64, 1, 3), (32, 32, 2, 2)]
 )
 def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
-    """Five tokens: outputs and both states, which change in place, and no others than those of the rows asked for."""
+    """Five tokens: outputs and both states, which change in place, for the rows asked for only."""
     sizes = dict(linear_key_head_dim=k, linear_value_head_dim=v)
     sizes |= dict(linear_num_key_heads=heads_k, linear_num_value_heads=heads_v)
     net = make("qwen3.5", **sizes).model.layers[0].linear_attn.to(DEVICE, dtype)
@@ -112,9 +108,8 @@ def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
     with torch.no_grad():
         for token in range(5):
             outs = channels, net.in_proj_z.out_features, heads_v, heads_v
-            inputs = [
-                3 * normal(rows, 1, n, dtype=dtype, seed=10 * token + i) for i, n in enumerate(outs)
-            ]
+            noise = partial(normal, rows, 1, dtype=dtype)
+            inputs = [3 * noise(n, seed=10 * token + i) for i, n in enumerate(outs)]
             got = decode._delta_step_triton(net, *inputs, *(t[:rows] for t in states))
             want = decode._delta_step(net, *inputs, *(t[:rows] for t in twins))
             assert_same(got, want)
@@ -125,17 +120,14 @@ def test_delta_step_in_triton(k, v, heads_k, heads_v, dtype):
 @in_triton
 @pytest.mark.parametrize("name", list(MODELS))
 def test_greedy_in_triton_is_generates_token_for_token(name):
-    """On a GPU through captured graphs and over several buckets; the interpreter is slow and gets a few tokens."""
-    model, sampling = (
-        make(name),
-        GREEDY if GPU else Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=5),
-    )
+    """On a GPU through captured graphs over several buckets; the slow interpreter: a few tokens."""
+    model = make(name)
+    sampling = Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=5)
+    sampling = GREEDY if GPU else sampling
     prompts = PROMPTS if GPU else PROMPTS[:2] + PROMPTS[4:6]
     want = [reference(model, prompt, sampling, None) for prompt in prompts]
-    assert (
-        ids(generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, (), max_rows=3))
-        == want
-    )
+    got = generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, (), max_rows=3)
+    assert ids(got) == want
 
 
 class Launches(TorchDispatchMode):
@@ -146,9 +138,8 @@ class Launches(TorchDispatchMode):
         self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        view = any(
-            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
-        )
+        aliases = [r.alias_info for r in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in aliases)
         self.n += not view and "empty" not in func.__name__
         return func(*args, **(kwargs or {}))
 
@@ -156,7 +147,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.skipif(not INTERPRETED, reason="counts calls of the interpreter")
 @torch.inference_mode()
 def test_a_step_in_triton_launches_what_the_docstring_counts(monkeypatch):
-    """32 layers as in Qwen3.5-9B. Nothing is computed right here: kernels are counted and do not run."""
+    """32 layers as in Qwen3.5-9B. Nothing is computed: kernels are counted and do not run."""
     model, kernels = make("qwen3.5", num_hidden_layers=32).bfloat16(), Counter()
 
     def counted(fused):
@@ -178,8 +169,8 @@ def test_a_step_in_triton_launches_what_the_docstring_counts(monkeypatch):
 
 @pytest.mark.skipif(decode.triton is None, reason="no Triton here")
 def test_kernels_compile_for_gpus():
-    """Through ptxas, for A100 and H100, at Qwen3.5-9B's sizes: no spilled register, bf16 rounded to nearest, shared
-    memory for two programs a multiprocessor, and states stored only after a barrier behind their loads."""
+    """Through ptxas, for A100 and H100, at Qwen3.5-9B's sizes: no spilled register, bf16 rounded to
+    nearest, shared memory for two programs a multiprocessor, states stored after a barrier."""
     code = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
@@ -187,10 +178,12 @@ import decode, triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-types = dict(S="i32", C="i32", lane_stride="i32", x_stride="i32", eps="fp32", scale="fp32", lse="*fp32")
+types = dict(S="i32", C="i32", lane_stride="i32", x_stride="i32")
+types |= dict(eps="fp32", scale="fp32", lse="*fp32")
+attention = dict(G=4, PART=decode.PART, BLOCK_G=16)
 kernels = [
-    (decode._attend_kernel, dict(KV=4, G=4, D=256, PART=decode.PART, BLOCK_D=256, BLOCK_G=16, BLOCK=32), 4),
-    (decode._attend_kernel, dict(KV=8, G=4, D=128, PART=decode.PART, BLOCK_D=128, BLOCK_G=16, BLOCK=64), 4),
+    (decode._attend_kernel, attention | dict(KV=4, D=256, BLOCK_D=256, BLOCK=32), 4),
+    (decode._attend_kernel, attention | dict(KV=8, D=128, BLOCK_D=128, BLOCK=64), 4),
     (decode._norm_kernel, dict(D=4096, BLOCK=4096, ABOUT_ONE=True, GATED=False), 8),
     (decode._norm_kernel, dict(D=128, BLOCK=128, ABOUT_ONE=False, GATED=True), 1),
     (decode._convolution_kernel, dict(TAPS=4, BLOCK=256), 4),
@@ -204,10 +197,13 @@ for kernel, constants, warps in kernels:
     if kernel is decode._delta_kernel:
         of["state"] = "*fp32"
     # pointers, strides and sizes are multiples of 16 there
-    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(of) if of[n] == "i32" or of[n][0] == "*"}
-    source = ASTSource(kernel, of, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, even)
+    aligned = [i for i, n in enumerate(of) if of[n] == "i32" or of[n][0] == "*"]
+    even = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, of, values, even)
     for capability in (80, 90):
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        target = GPUTarget("cuda", capability, 32)
+        built = triton.compile(source, target=target, options={"num_warps": warps})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
             usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
@@ -217,7 +213,8 @@ for kernel, constants, warps in kernels:
         assert "cvt.rn.bf16" in built.asm["ptx"]
         if "state" in of:
             order = re.findall(r"ld\\.global|bar\\.sync|st\\.global", built.asm["ptx"])
-            first_store, last_load = order.index("st.global"), len(order) - 1 - order[::-1].index("ld.global")
+            first_store = order.index("st.global")
+            last_load = len(order) - 1 - order[::-1].index("ld.global")
             assert "bar.sync" in order[last_load:first_store], order
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

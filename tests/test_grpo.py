@@ -1,4 +1,4 @@
-"""grpo.py: advantages and loss against the release's numbers and their definitions, log-probs against fp64."""
+"""grpo.py: advantages and loss against the release's numbers, log-probs against fp64."""
 
 import json
 import math
@@ -22,16 +22,15 @@ import grpo
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden_grpo.json").read_text())
 quick = settings(max_examples=60, derandomize=True, deadline=None)
-INTERPRETED = (
-    grpo.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-)  # kernels run on the CPU, in numpy
+# Kernels run on the CPU, in numpy.
+INTERPRETED = grpo.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(
     not INTERPRETED, reason="runs inside test_kernels_in_the_interpreter"
 )
 KERNELS = pytest.param("triton", marks=in_interpreter)
 
 
-# ----------------------------------------------------------------------------------------- anchor weight and advantages
+# ----------------------------- anchor weight and advantages
 
 
 @pytest.mark.parametrize("case", GOLDEN["anchor_weight"], ids=lambda c: c["name"])
@@ -101,18 +100,14 @@ def test_advantages_are_the_formula_over_judged_policy_rows(step, weight, floor,
             assert got[i] == 0
         elif is_anchor[i]:
             bound = (k - 1) / math.sqrt(k) if cap else math.inf
-            a = (
-                weight
-                * (float(rewards[i]) - peers.mean())
-                / (max(np.std(peers, ddof=1), floor) + 1e-6)
-            )
+            spread = max(np.std(peers, ddof=1), floor) + 1e-6
+            a = weight * (float(rewards[i]) - peers.mean()) / spread
             assert got[i] == pytest.approx(min(bound, max(-bound, a)), rel=1e-4, abs=1e-6)
         else:
             a = (float(rewards[i]) - peers.mean()) / (np.std(peers, ddof=1) + 1e-6)
             assert got[i] == pytest.approx(a, rel=1e-4, abs=1e-6)
-            assert (
-                abs(got[i]) <= (k - 1) / math.sqrt(k) + 1e-6
-            )  # the bound that the cap lends to anchors
+            # The bound that the cap lends to anchors.
+            assert abs(got[i]) <= (k - 1) / math.sqrt(k) + 1e-6
 
 
 @quick
@@ -133,10 +128,8 @@ def test_anchors_never_move_policy_rows_and_order_does_not_matter(step, other, r
 
 
 def test_anchor_guards():
-    rewards, is_anchor = (
-        torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.75]),
-        torch.tensor([False] * 5 + [True]),
-    )
+    rewards = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.75])
+    is_anchor = torch.tensor([False] * 5 + [True])
 
     def anchor(**options):
         return float(grpo.group_advantages(rewards, [0] * 6, is_anchor, 0.4, **options)[-1])
@@ -148,7 +141,7 @@ def test_anchor_guards():
         grpo.group_advantages(rewards, [0] * 5, is_anchor)
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------- loss
 
 
 @pytest.mark.parametrize(
@@ -185,7 +178,7 @@ def test_policy_loss_adds_up_over_micro_batches_and_ignores_masked_rubbish():
     assert grad.isfinite().all() and not grad[~mask].any()
 
 
-# ----------------------------------------------------------------------------------------------------- fused log-probs
+# ------------------------------------------ fused log-probs
 
 
 @contextmanager
@@ -208,7 +201,7 @@ def problem(seed, n, h, v, dtype, spread=1.0):
 
 
 def both_schemes(hidden, weight, targets, coef, temperature, backend):
-    """(loss, logp, entropy, d hidden, d weight) through token_logprobs and through onpolicy_loss."""
+    """(loss, logp, entropy, d hidden, d weight) of token_logprobs and of onpolicy_loss."""
     logp, entropy = grpo.token_logprobs(hidden, weight, targets, temperature, backend)
     loss = (coef.to(logp.dtype) * logp).sum()
     yield loss, logp, entropy, *torch.autograd.grad(loss, (hidden, weight))
@@ -227,13 +220,12 @@ def definition(hidden, weight, targets, coef, temperature):
 
 
 def assert_near(got, want, tolerance, scale=0.0):
-    """max |got - want| <= tolerance times the largest entry, or times `scale` where all entries nearly cancel."""
+    """max |got - want| <= tolerance times the largest entry, or `scale` where all nearly cancel."""
     assert got.isfinite().all()
-    size = max(float(want.detach().abs().max()) if want.numel() else 0.0, scale)
-    assert (
-        float((got.detach().double() - want.detach()).abs().amax() if want.numel() else 0.0)
-        <= tolerance * size
-    )
+    if want.numel():
+        size = max(float(want.detach().abs().max()), scale)
+        error = (got.detach().double() - want.detach()).abs().amax()
+        assert float(error) <= tolerance * size
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunked", KERNELS])
@@ -266,7 +258,7 @@ def test_parity_with_fp64(backend, seed, n, h, v, temperature, dtype, rows):
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_with_fp64_on_a_gpu(backend, dtype, monkeypatch):
-    """There bf16 operands meet in GEMMs with fp32 results, and gradients are written over logits."""
+    """There bf16 operands meet in GEMMs with fp32 results; gradients are written over logits."""
     monkeypatch.setitem(grpo.CHUNK_ROWS, "cuda", 64)
     hidden, weight, targets, coef = (x.detach().cuda() for x in problem(3, 300, 64, 9001, dtype))
     args = hidden.requires_grad_(), weight.requires_grad_(), targets, coef, 0.7
@@ -286,7 +278,7 @@ def test_kernels_in_the_interpreter():
 @in_interpreter
 @pytest.mark.parametrize("v", [1, 4095, 4096, 4097, 9001])
 def test_triton_writes_bf16_gradients_over_fp32_logits(v):
-    """On a GPU the logits are fp32 and their gradient bf16, in the same bytes; the CPU's GEMMs never ask for that."""
+    """On a GPU, fp32 logits and bf16 gradients share bytes; the CPU's GEMMs never need that."""
     torch.manual_seed(v)
     logits, targets, coef = 4 * torch.randn(3, v), torch.tensor([0, v - 1, v // 2]), torch.randn(3)
     logp, entropy, lse = grpo._statistics_triton(logits, targets)
@@ -300,7 +292,7 @@ def test_triton_writes_bf16_gradients_over_fp32_logits(v):
 
 @pytest.mark.skipif(grpo.triton is None, reason="no Triton here")
 def test_kernels_compile_for_gpus():
-    """Through ptxas, for A100 and H100; the gradient is stored only after a barrier behind the loads it overwrites."""
+    """For A100 and H100; the gradient is stored after a barrier behind the loads it overwrites."""
     code = """
 import re, grpo, triton
 from triton.backends.compiler import GPUTarget
@@ -311,7 +303,8 @@ for kernel in (grpo._statistics_kernel, grpo._gradient_kernel):
     constants = {(kernel.arg_names.index("V"),): 248320, (kernel.arg_names.index("BLOCK"),): 4096}
     source = ASTSource(kernel, {k: types.get(k, "constexpr") for k in kernel.arg_names}, constants)
     for capability in (80, 90):
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        target = GPUTarget("cuda", capability, 32)
+        built = triton.compile(source, target=target, options={"num_warps": 8})
         assert built.asm["cubin"]
 order = re.findall(r"ld\\.global|bar\\.sync|st\\.global", built.asm["ptx"])
 first_store, last_load = order.index("st.global"), len(order) - 1 - order[::-1].index("ld.global")
@@ -325,13 +318,18 @@ assert "bar.sync" in order[last_load:first_store], order
 def test_gradcheck(temperature):
     hidden, weight, targets, coef = problem(3, 6, 4, 11, torch.float64)
     with chunk_rows(4):
-        logps = lambda h, w: grpo.token_logprobs(h, w, targets, temperature)[0]  # noqa: E731
+
+        def logps(h, w):
+            return grpo.token_logprobs(h, w, targets, temperature)[0]
+
+        def loss(h, w):
+            return 3.7 * grpo.onpolicy_loss(h, w, targets, coef, temperature)[0]
+
+        def tied(w):
+            return loss(torch.tanh(w[targets]), w)
+
         assert torch.autograd.gradcheck(logps, (hidden, weight))
-        loss = lambda h, w: 3.7 * grpo.onpolicy_loss(h, w, targets, coef, temperature)[0]  # noqa: E731
         assert torch.autograd.gradcheck(loss, (hidden, weight))
-        tied = lambda w: grpo.onpolicy_loss(torch.tanh(w[targets]), w, targets, coef, temperature)[
-            0
-        ]  # noqa: E731
         assert torch.autograd.gradcheck(tied, (weight,))
 
 
@@ -383,27 +381,22 @@ def test_rows_of_zero_coefficient_touch_no_gradient():
         mixed = list(both_schemes(hidden, weight, targets, coef, 1.0, "chunked"))
         again = list(both_schemes(hidden, weight, targets, coef, 1.0, "chunked"))
     for one, two in zip(mixed, again, strict=True):
-        assert all(
-            torch.equal(a, b) for a, b in zip(one, two, strict=True)
-        )  # runs repeat bit for bit
-        assert (
-            one[1].isfinite().all() and (one[2] > 0).all()
-        )  # every row has its log-prob and entropy
+        # Runs repeat bit for bit; every row has its log-prob and entropy.
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert one[1].isfinite().all() and (one[2] > 0).all()
         assert not one[3][~live].any()
     torch.testing.assert_close((mixed[0][3][live], mixed[0][4]), alone[0][3:])
-    assert torch.equal(
-        mixed[1][3][live], alone[1][3]
-    )  # one sweep: bit for bit, so no such row was in a gradient's chunk
+    # One sweep: bit for bit, so no such row was in a gradient's chunk.
+    assert torch.equal(mixed[1][3][live], alone[1][3])
     assert torch.equal(mixed[1][4], alone[1][4])
 
 
 def test_weight_gradient_is_summed_in_fp32():
     hidden, weight, targets, coef = problem(2, 2048, 8, 4, torch.bfloat16)
     want = definition(hidden, weight, targets, coef.abs(), 1.0)[4]
+    args = hidden, weight, targets, coef.abs(), 1.0
     with chunk_rows(8):
-        got = [
-            x[4].double() for x in both_schemes(hidden, weight, targets, coef.abs(), 1.0, "chunked")
-        ]
+        got = [x[4].double() for x in both_schemes(*args, "chunked")]
     rounded = torch.zeros_like(weight)
     for i in range(0, 2048, 8):  # what a bf16 sum over the same chunks would give
         part = [x[i : i + 8] for x in (hidden, targets, coef.abs())]
@@ -428,9 +421,8 @@ def test_onpolicy_loss_is_policy_loss_at_ratio_one_and_the_anchor_reaches_the_gr
     loss, _, _ = grpo.onpolicy_loss(hidden, weight, targets, -advantages / len(row))
     grads.append(torch.autograd.grad(loss, (hidden, weight)))
     logp = torch.log_softmax(hidden @ weight.T, 1)[torch.arange(len(row)), targets]
-    loss = (
-        -0.1 * 0.4 / 0.05 * logp[row == 5].sum() / len(row)
-    )  # weight (R - mean) / floor, at each token of the anchor
+    # weight (R - mean) / floor, at each token of the anchor
+    loss = -0.1 * 0.4 / 0.05 * logp[row == 5].sum() / len(row)
     grads.append(torch.autograd.grad(loss, (hidden, weight)))
     for one in grads[:2]:
         for a, b in zip(one, grads[2], strict=True):
@@ -470,16 +462,16 @@ def test_triton_makes_a_target_outside_the_vocabulary_not_a_number():
     assert torch.equal(logp.isnan(), targets == targets[2])
 
 
-# ------------------------------------------------------------------------------------------------- memory and FSDP2
+# ----------------------------------------- memory and FSDP2
 
 
 def test_extra_memory_does_not_grow_with_the_tokens():
-    """Process peaks at N = 4k, 16k, 64k. Naive must grow by its logits, which shows that the measure sees them."""
+    """Process peaks at N = 4k, 16k, 64k. Naive must grow by its logits, or the measure is blind."""
     code = """
 import resource, sys, torch, grpo
 torch.set_num_threads(1)
 for n in (4096, 16384, 65536)[: 2 if "naive" in sys.argv else 3]:
-    hidden, weight = torch.randn(n, 16, requires_grad=True), torch.randn(1024, 16, requires_grad=True)
+    hidden, weight = (torch.randn(rows, 16, requires_grad=True) for rows in (n, 1024))
     targets, coef = torch.zeros(n, dtype=torch.long), torch.ones(n)
     for backend in sys.argv[1:]:
         grpo.token_logprobs(hidden, weight, targets, backend=backend)[0].sum().backward()
@@ -489,24 +481,17 @@ for n in (4096, 16384, 65536)[: 2 if "naive" in sys.argv else 3]:
 
     def peaks(backend):
         command = [sys.executable, "-c", code, backend]
-        return [
-            int(x)
-            for x in subprocess.run(
-                command, cwd=HERE.parent, check=True, capture_output=True
-            ).stdout.split()
-        ]
+        run = subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
+        return [int(x) for x in run.stdout.split()]
 
     naive, chunked = peaks("naive"), peaks("chunked")  # MB
-    assert naive[1] - naive[0] > 2 * (16384 - 4096) * 1024 * 4 / 2**20, (
-        naive
-    )  # two more sets of logits, at least
-    assert max(chunked) - chunked[0] < 48, (
-        chunked
-    )  # one set of logits at 65,536 tokens would be 256 MB
+    # Two more sets of logits, at least; one set at 65,536 tokens would be 256 MB.
+    assert naive[1] - naive[0] > 2 * (16384 - 4096) * 1024 * 4 / 2**20, naive
+    assert max(chunked) - chunked[0] < 48, chunked
 
 
 class Root(torch.nn.Module):
-    """The trainer's shape: layers and head in one forward, so that FSDP2 gathers the head around the loss."""
+    """The trainer's shape: layers and head in one forward, which gathers the head for the loss."""
 
     def __init__(self):
         super().__init__()
@@ -536,16 +521,11 @@ def sharded_gradients(rank, world, folder):
     root, *rows = root_and_rows()
     fully_shard(root.layer)
     fully_shard(root)
-    for module in (
-        root.layer,
-        root,
-    ):  # a sum over ranks: the coefficients hold the global token count already
+    for module in (root.layer, root):  # a sum over ranks: the global token count is in `coef`
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    batches = [
-        slice(rank, 9, world),
-        slice(9, 9 if rank else 17),
-    ]  # two micro-batches; of the second rank 1 has no row
+    # Two micro-batches; of the second, rank 1 has no row.
+    batches = [slice(rank, 9, world), slice(9, 9 if rank else 17)]
     out = {}
     for scheme in ("onpolicy", "two passes"):
         for batch in batches:

@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS, ROOMS, LEAVES = 2, 1, 0
 FLOORS = {
     **dict.fromkeys("polaris eval walkthrough bench corpus".split(), PROGRAMS),
-    **dict.fromkeys(
-        "config data rollout rows ranks log judge policy rundir plan evals mini".split(), ROOMS
-    ),
+    **dict.fromkeys("config data rollout rows judge policy plan evals mini".split(), ROOMS),
+    **dict.fromkeys("ranks watch log health rundir checkpoint".split(), ROOMS),
     **dict.fromkeys("reward chat grpo decode".split(), LEAVES),
 }
 PIECES = {  # what README.md calls copyable: a piece, and all files that it takes
@@ -234,7 +233,7 @@ def test_the_readme_is_short():
 
 def test_every_file_and_name_in_the_documents_exists():
     lost = []
-    suffixes = ("py", "md", "txt", "jsonl", "sqlite")
+    suffixes = ("py", "md", "txt", "json", "jsonl", "sqlite")
     for document in [*DOCUMENTS, "docs/walkthrough.txt"]:
         words = text(document)
         links = re.findall(r"\]\(([^)#]+)\)", words)

@@ -1,4 +1,4 @@
-"""policy.py: the anchor reaches the weights; the update is the same for every split; exports are whole."""
+"""policy.py: the anchor reaches the weights; every split gives one update; exports are whole."""
 
 import json
 from pathlib import Path
@@ -32,12 +32,13 @@ def rows_of(path: Path, examples, n: int):
     ]
 
 
-STEP = 1000.0  # of plain SGD: so long that (before - after) / STEP is the gradient to float32's last digits
+# Of plain SGD: so long that (before - after) / STEP is the gradient to float32's last digits.
+STEP = 1000.0
 
 
 def updates(path, rows, advantages, splits, out):
-    """On every rank, for each (micro-batch budget, cut): load, one update with SGD, the rows before and from the cut in
-    parts of their own; rank 0 saves the weights and metrics."""
+    """On every rank, for each (micro-batch budget, cut): load, one update with SGD, the rows before
+    and from the cut in parts of their own; rank 0 saves the weights and metrics."""
     import polaris
     from policy import accumulate, apply, full_tensor, load_policy
 
@@ -58,7 +59,6 @@ def updates(path, rows, advantages, splits, out):
     if mesh.get_rank() == 0:
         torch.save(results, out)
     leave()
-    return 0
 
 
 def updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes=1):
@@ -71,7 +71,7 @@ def updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes=1):
 
 
 def reference_gradient(path, rows, coefficients):
-    """The definition, row by row without padding: d/dweights of the sum of c · log p over all response tokens."""
+    """The definition, row by row without padding: the gradient of the sum of c · log p."""
     model = AutoModelForCausalLM.from_pretrained(path)
     total = 0.0
     for (prompt, response), c in zip(rows, coefficients, strict=True):
@@ -82,12 +82,14 @@ def reference_gradient(path, rows, coefficients):
     return dict(model.named_parameters())
 
 
-def test_with_equal_drafts_the_update_is_the_weighted_gradient_of_the_anchor_alone(
+def test_with_equal_rewards_the_update_is_the_weighted_gradient_of_the_anchor_alone(
     mini_model, tmp_path
 ):
     path, examples = mini_model
     rows = rows_of(path, examples, 6)
-    rewards = torch.tensor([0.25] * 5 + [0.5])  # five equal drafts: no policy row has any advantage
+    rewards = torch.tensor(
+        [0.25] * 5 + [0.5]
+    )  # five equal rollouts: no policy row has any advantage
     is_anchor = torch.tensor([False] * 5 + [True])
     advantages = group_advantages(rewards, torch.zeros(6, dtype=torch.long), is_anchor, weight=0.4)
     assert advantages[:5].abs().max() == 0 and advantages[5] > 0
@@ -111,9 +113,7 @@ def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batc
     mini_model, tmp_path
 ):
     path, examples = mini_model
-    rows = rows_of(
-        path, examples, 11
-    )  # no multiple of anything, so that some ranks have gaps to fill
+    rows = rows_of(path, examples, 11)  # no multiple of anything: some ranks have gaps to fill
     advantages = [(-1) ** i * (0.3 + 0.1 * i) for i in range(11)]
     advantages[4] = 0.0
     n_tokens = sum(len(response) for _, response in rows)
@@ -121,8 +121,8 @@ def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batc
     before = AutoModelForCausalLM.from_pretrained(path).state_dict()
     norm = torch.stack([p.grad.norm() for p in wanted.values()]).norm().item()
 
-    # Budgets: one row (and with recomputed layers), two, all of a rank's rows. All rows at once, or 5 and 6 of them, or
-    # 1 and 10, when some ranks have nothing to do in the first part.
+    # Budgets: one row (and with recomputed layers), two, all of a rank's rows. All rows at once, or
+    # 5 and 6 of them, or 1 and 10, when some ranks have nothing to do in the first part.
     splits = [(1, 0), (1, 5), (250, 0), (250, 5), (100_000, 0), (100_000, 1)]
     for world, nodes in ((1, 1), (2, 1), (4, 1), (4, 2)):
         results = updates_in_world(world, tmp_path, path, rows, advantages, splits, nodes)
@@ -137,16 +137,8 @@ def test_the_update_is_the_token_mean_of_the_step_for_any_ranks_nodes_micro_batc
 def test_a_gradient_that_is_not_finite_changes_no_weight(mini_model, tmp_path):
     path, examples = mini_model
     rows = rows_of(path, examples, 2)
-    run = World(
-        2,
-        updates,
-        path,
-        rows,
-        [float("nan"), 1.0],
-        [(999, 0)],
-        tmp_path / "x",
-        log=tmp_path / "log",
-    )
+    args = path, rows, [float("nan"), 1.0], [(999, 0)], tmp_path / "x"
+    run = World(2, updates, *args, log=tmp_path / "log")
     assert run.wait() == [1, 1]
     assert "FloatingPointError: the gradient norm is nan: no update was made" in run.text()
     assert not (tmp_path / "x").exists()
@@ -168,9 +160,8 @@ def test_dealing_takes_every_row_once_gives_equal_numbers_of_micro_batches_and_b
         for batch in rank:
             assert len(batch) <= 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     loads = [sum(lengths[i] for batch in rank for i in batch) for rank in dealt]
-    assert max(loads) - min(loads) <= max(
-        lengths
-    )  # longest-first dealing never differs by more than one row
+    # Longest-first dealing never differs by more than one row.
+    assert max(loads) - min(loads) <= max(lengths)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -242,8 +233,9 @@ def test_an_image_text_checkpoint_comes_back_whole_with_only_its_language_tensor
         for e in examples[:8]
     ]
     stories.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = f"--model {source} --data {stories} --out {out} --steps 2 --prompts 2 --group 3 --warm-steps 0".split()
-    run = World(2, polaris_main, [*argv, "--max-response", "24"], log=tmp_path / "log")
+    argv = ["--model", str(source), "--data", str(stories), "--out", str(out)]
+    argv += "--steps 2 --prompts 2 --group 3 --warm-steps 0 --max-response 24".split()
+    run = World(2, polaris_main, argv, log=tmp_path / "log")
     assert run.wait() == [0, 0], run.text()
 
     before, after = tensors_of(source), tensors_of(out / "model")

@@ -1,4 +1,4 @@
-"""rollout.py: tokens are transformers' own; a row's story depends on its prompt, its seed and the weights alone."""
+"""rollout.py: tokens are transformers' own; a story depends on prompt, seed and weights alone."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ from worlds import leave
 
 import rollout
 from policy import copy_weights
-from rollout import Rollout, Sampling, generate, kernels, row_seed, sample, uniforms
+from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed, sample, uniforms
 
 VOCAB = 61
 COMMON = dict(
@@ -130,8 +130,7 @@ def seeds(n):
     return [row_seed(3479, 1, "tale", k) for k in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity with transformers
+# --------------------------------- Parity with transformers
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -148,18 +147,18 @@ def test_greedy_is_generates_token_for_token(model, penalty):
     for r, prompt in zip(generate(model, PROMPTS, [0] * 7, sampling, eos), PROMPTS, strict=True):
         want = reference(model, prompt, sampling, eos)
         assert (r.ids, r.finished) == (want, want[-1] in eos)
-    for r, prompt in zip(
-        generate(model, PROMPTS, [0] * 7, sampling, eos[0]), PROMPTS, strict=True
-    ):  # a bare id
+    bare = generate(model, PROMPTS, [0] * 7, sampling, eos[0])
+    for r, prompt in zip(bare, PROMPTS, strict=True):
         text = free[tuple(prompt)]
         assert r.ids == (text[: text.index(eos[0]) + 1] if eos[0] in text else text)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
-    """Over 100 tokens and several buckets: as near to one plain forward pass as transformers' own cached decoding.
+    """Over 100 tokens and several buckets: as near to one plain forward pass, on which the policy
+    is trained, as transformers' own cached decoding.
 
-    In bf16 that holds only because the step rounds where the model rounds; the policy is trained on the plain pass.
+    In bf16 that holds only because the step rounds where the model rounds.
     """
     model, logits = copy.deepcopy(model).to(dtype), []
     hook = model.lm_head.register_forward_hook(lambda _m, _i, out: logits.append(out[:, -1]))
@@ -190,7 +189,7 @@ def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
 def test_sample_has_the_distribution_of_transformers_processors(
     seed, temperature, top_k, top_p, penalty
 ):
-    """Over n equally spaced u, a token of probability p must come up n p times, up to its two interval ends."""
+    """Over n equally spaced u, a token of probability p comes up n p times, up to its two ends."""
     g = torch.Generator().manual_seed(seed)
     n, vocab = 2048, 40
     logits = torch.randn(1, vocab, generator=g) * 3
@@ -213,11 +212,8 @@ def test_sample_has_the_distribution_of_transformers_processors(
 
 def test_sampled_texts_have_the_models_distribution(hybrid):
     """Chi-square of 3,000 two-token texts against the exact joint probabilities."""
-    n, s = (
-        3000,
-        Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2),
-    )
-    prompt = PROMPTS[0]
+    s = Sampling(temperature=1.3, top_p=0.9, top_k=5, repetition_penalty=1.2, max_new_tokens=2)
+    n, prompt = 3000, PROMPTS[0]
 
     def next_token(text):
         with torch.no_grad():
@@ -255,9 +251,8 @@ def test_uniforms_are_splitmix64():
     many = torch.stack([uniforms(s, 1000) for s in seeds(50)]).double()
     assert 0 <= many.min() and many.max() < 1
     assert abs(many.mean() - 0.5) < 0.005 and abs(many.var() - 1 / 12) < 0.002
-    assert (
-        torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
-    )  # rows know nothing of each other
+    # Rows know nothing of each other.
+    assert torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_row_seed_is_stable_and_tells_every_argument_apart():
@@ -267,8 +262,7 @@ def test_row_seed_is_stable_and_tells_every_argument_apart():
     assert all(0 <= row_seed(*a) < 2**63 for a in args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Invariance: company, order, places, pace
+# ----------------- Invariance: company, order, places, pace
 
 
 def stories(model, order, **kw):
@@ -281,20 +275,20 @@ def stories(model, order, **kw):
 
 
 @pytest.fixture(scope="module")
-def told(model):
+def expected(model):
     return stories(model, range(len(PROMPTS)))
 
 
-def test_a_story_does_not_depend_on_its_company(model, told):
+def test_a_story_does_not_depend_on_its_company(model, expected):
     n = len(PROMPTS)
-    assert len({len(t) for t in told.values()}) > 2, (
+    assert len({len(t) for t in expected.values()}) > 2, (
         "rows must end at different times for this to test anything"
     )
-    assert told[0] != told[2], "two seeds, one prompt"
-    assert stories(model, range(n)) == told
-    assert stories(model, range(n)[::-1]) == told
-    assert stories(model, range(n), max_rows=3) == told
-    assert {i: stories(model, [i])[i] for i in range(n)} == told
+    assert expected[0] != expected[2], "two seeds, one prompt"
+    assert stories(model, range(n)) == expected
+    assert stories(model, range(n)[::-1]) == expected
+    assert stories(model, range(n), max_rows=3) == expected
+    assert {i: stories(model, [i])[i] for i in range(n)} == expected
 
 
 BREAK_A_CAPTURE = {
@@ -310,7 +304,7 @@ BREAK_A_CAPTURE = {
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph on the CPU: the operations of one step on the very tensors it used, and nothing of the host's."""
+    """A CUDA graph on the CPU: the operations of one step on the very tensors that it used."""
 
     def __init__(self, step):
         super().__init__()
@@ -339,9 +333,8 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if (
-                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
-                ):  # neither a view nor in place
+                # Neither a view nor in place.
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
     def pool(self):
@@ -349,7 +342,7 @@ class Tape(TorchDispatchMode):
 
 
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does: looks every 7 steps, halving, warm-up, one capture per (rows, bucket), replays."""
+    """As a GPU: looks every 7 steps, halving, warm-up, captures per (rows, bucket), replays."""
     captured = []
 
     def capture(step, pool):
@@ -368,38 +361,34 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("max_rows", [0, 3])
-def test_a_story_does_not_depend_on_the_pace(model, told, monkeypatch, max_rows):
+def test_a_story_does_not_depend_on_the_pace(model, expected, monkeypatch, max_rows):
     captured = as_on_a_gpu(monkeypatch)
-    model = copy.deepcopy(model)  # a model without a decoder yet
-    assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
+    options = dict(max_rows=max_rows, decoders=Decoders())
+    assert stories(model, range(len(PROMPTS)), **options) == expected
     assert len(captured) == len(set(captured)) > 2
     assert {rows for rows, _ in captured} <= {7, 4, 3, 2, 1} and all(
         bucket % 16 == 0 for _, bucket in captured
     )
     n = len(captured)
-    assert stories(model, range(len(PROMPTS)), max_rows=max_rows) == told
-    assert len(captured) - n <= 2, (
-        "the second call finds its graphs (a shape seen fewer than 3 times has none yet)"
-    )
+    assert stories(model, range(len(PROMPTS)), **options) == expected
+    # The second call finds its graphs; a shape seen fewer than 3 times has none yet.
+    assert len(captured) - n <= 2
 
 
 def test_no_row_runs_over_its_end(hybrid, monkeypatch):
-    """The longest text fills the cache to its last slot, and its place stays empty beside three that start late."""
+    """The longest text fills the cache to its end; its place stays empty beside late starters."""
     order, s = [0, 1, 2, 4, 3, 5, 6], Sampling(max_new_tokens=25)
     prompts = [PROMPTS[i] for i in order]
     assert len(PROMPTS[4]) + 25 == 64
     want = ids(generate(hybrid, prompts, seeds(7), s, ()))
     as_on_a_gpu(monkeypatch)
-    assert ids(generate(copy.deepcopy(hybrid), prompts, seeds(7), s, (), max_rows=4)) == want
+    assert ids(generate(hybrid, prompts, seeds(7), s, (), max_rows=4)) == want
 
 
 def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
-    calls = []
-    prefill = rollout.Decoder.prefill
-    monkeypatch.setattr(
-        rollout.Decoder, "prefill", lambda d, tokens: calls.append(tokens) or prefill(d, tokens)
-    )
-    rollout._decoders.clear()
+    calls, prefill = [], rollout.prefill
+    spy = lambda model, tokens: calls.append(tokens) or prefill(model, tokens)  # noqa: E731
+    monkeypatch.setattr(rollout, "prefill", spy)
     stories(hybrid, range(len(PROMPTS)), max_rows=2)
     distinct = [p[:-1] for i, p in enumerate(PROMPTS) if p not in PROMPTS[:i] and len(p) > 1]
     assert calls == [[0], *distinct]  # [0]: the shapes
@@ -408,13 +397,15 @@ def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
 def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_small_or_far_too_large(
     monkeypatch,
 ):
-    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would starve the update."""
-    model, held = make("qwen3.5"), []
+    """On a GPU it holds gigabytes: two do not fit, and a large one left by a validation would
+    starve the update."""
+    model, decoders, held = make("qwen3.5"), Decoders(), []
 
-    def write(rows, limit):
-        generate(model, [[1, 2]] * rows, [0] * rows, Sampling(max_new_tokens=limit), ())
-        if not held or held[-1]() is not rollout._decoders[model]:
-            held.append(weakref.ref(rollout._decoders[model]))
+    def write(rows, limit, model=model, **sampling):
+        s = Sampling(max_new_tokens=limit, **sampling)
+        generate(model, [[1, 2]] * rows, [0] * rows, s, (), decoders=decoders)
+        if not held or held[-1]() is not decoders.held:
+            held.append(weakref.ref(decoders.held))
         return len(held)
 
     as_on_a_gpu(monkeypatch)
@@ -422,13 +413,32 @@ def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_sma
     try:
         made = [write(4, 60), write(4, 50), write(3, 60), write(4, 200), write(4, 60), write(5, 60)]
         assert made == [1, 1, 1, 2, 3, 4]
-        assert [ref() is None for ref in held] == [True, True, True, False]
+        assert [write(5, 60, top_k=3), write(5, 60, copy.deepcopy(model), top_k=3)] == [5, 6]
+        assert [ref() is None for ref in held] == [True] * 5 + [False]
+        decoders.free()
+        assert held[-1]() is None
     finally:
         gc.enable()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The contract of generate
+def test_without_decoders_nothing_stays(hybrid, monkeypatch):
+    made, get = [], Decoders.get
+
+    def spied(self, *args):
+        decoder = get(self, *args)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(Decoders, "get", spied)
+    gc.disable()
+    try:
+        generate(hybrid, [[1, 2]], [0], Sampling(max_new_tokens=3), ())
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
+
+
+# --------------------------------- The contract of generate
 
 
 def test_on_finish_and_on_tokens(hybrid):
@@ -515,8 +525,7 @@ def test_kernels_line(hybrid):
     assert "delta" not in kernels(make("llama"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
+# -------------------------------------------------- Weights
 
 
 def perturb(model, scale=0.05):
@@ -527,15 +536,15 @@ def perturb(model, scale=0.05):
 
 @pytest.mark.parametrize("captures", [False, True])
 def test_rollouts_follow_the_policy(captures, monkeypatch):
-    """Stale weights are the classic silent bug: after every update the copy tells the policy's stories."""
+    """Stale weights are the classic silent bug: after each update the copy is the policy."""
     if captures:
         as_on_a_gpu(monkeypatch)
     policy, twin = make("qwen3.5"), make("qwen3.5", seed=1)
     where, previous = [p.data_ptr() for p in twin.parameters()], None
-    s = Sampling(temperature=0, max_new_tokens=20)
+    s, decoders = Sampling(temperature=0, max_new_tokens=20), Decoders()
 
     def stories():
-        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, ()))
+        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, (), decoders=decoders))
 
     for _ in range(3):
         copy_weights(policy, twin)
@@ -544,10 +553,8 @@ def test_rollouts_follow_the_policy(captures, monkeypatch):
         previous = got
         perturb(policy)
     assert where == [p.data_ptr() for p in twin.parameters()]
-    twin, policy = (
-        twin.double(),
-        policy.double(),
-    )  # other tensors: a decoder that reads the old ones must not be used
+    # Other tensors: a decoder that reads the old ones must not be used.
+    twin, policy = twin.double(), policy.double()
     copy_weights(policy, twin)
     assert stories() == [reference(policy, p, s, None) for p in PROMPTS[:4]]
 
@@ -572,10 +579,7 @@ def _shards_to_copies(rank, world, path):
     torch.set_num_threads(1)
     for tie, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         whole = make("qwen3.5", tie_word_embeddings=tie)
-        policy, twin = (
-            make("qwen3.5", tie_word_embeddings=tie),
-            make("qwen3.5", seed=1, tie_word_embeddings=tie),
-        )
+        policy, twin = (make("qwen3.5", seed, tie_word_embeddings=tie) for seed in (0, 1))
         twin.to(dtype)
         root = nn.Sequential(policy)  # a trainer's wrapper; the policy inside is what is copied
         for layer in policy.model.layers:

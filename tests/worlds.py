@@ -1,5 +1,5 @@
-"""Several ranks on one machine, for tests: real processes that meet over gloo, forked from a server that has imported
-the trainer once, so that four ranks cost one import."""
+"""Several ranks on one machine, for tests: real processes that meet over gloo, forked from a server
+that has imported the trainer once, so that four ranks cost one import."""
 
 import multiprocessing
 import os
@@ -33,26 +33,28 @@ def _rank(rank: int, world: int, nodes: int, port: int, log: str, function, args
 
 
 def leave() -> None:
-    """Leave the process group, last thing: once gloo's threads have let go of their tensors, or Python's end aborts."""
+    """End this rank at once, with status 0: Python's own end sometimes aborts on gloo's threads."""
     import torch.distributed as dist
 
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class World:
-    """`function(*args)` on `world` ranks, which believe to be on so many nodes; its return value is each rank's exit
-    status."""
+    """`function(*args)` on `world` ranks, as if on so many nodes; what it returns is each rank's
+    exit status."""
 
     def __init__(self, world: int, function, *args, log: Path, nodes: int = 1):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.log = Path(log)
-        self.ranks = [
-            context.Process(target=_rank, args=(rank, world, nodes, port, str(log), function, args))
-            for rank in range(world)
-        ]
+        common = world, nodes, port, str(log), function, args
+        ranks = range(world)
+        self.ranks = [context.Process(target=_rank, args=(rank, *common)) for rank in ranks]
         for process in self.ranks:
             process.start()
 
