@@ -37,12 +37,13 @@ rollouts, LoRA.
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +65,7 @@ from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
 from health import COLLAPSE
-from judge import Judge, Verdict, start_stand_in
+from judge import Judge, Verdict, agreement, judges_part, start_stand_in
 from log import Log, Stopwatch, say
 from mini import world
 from policy import Policy, accumulate, apply, copy_weights, export, load_policy
@@ -81,7 +82,7 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import RecordError, append, fingerprint, sweep, write
+from rundir import RecordError, append, fingerprint, mean, read_jsonl, sweep, write
 from watch import (
     Heartbeat,
     Interrupted,
@@ -234,6 +235,7 @@ class Run:
     train: list[Example]
     evals: list[Example]
     decoders: Decoders = field(default_factory=Decoders)
+    eval_judge: Judge | None = None  # the second one, of validations
     skipped: int = 0  # steps in a row whose gradient was not finite
 
     @property
@@ -272,13 +274,52 @@ def validate(run: Run, step: int, label: str) -> None:
         limit = factor * run.cfg.reward.max_response
         rows = generate_rows(run, 0, [(e, 0) for e in examples], [], limit)
         collect_verdicts(run, rows, limit)
+        second = second_opinion(run.eval_judge, run, rows) if run.eval_judge else {}
         if run.rank == 0:
             numbers = summary(rows)
             head = {"step": step, "label": label, "bucket": f"{factor}x"}
             reward = {"reward": numbers.pop("reward_mean")}
-            append(run.out / "evals.jsonl", head | reward | numbers)
+            append(run.out / "evals.jsonl", head | reward | numbers | second)
             for row in rows:
                 append(run.out / "eval_stories.jsonl", head | record(row))
+
+    if run.rank == 0 and run.eval_judge:
+        by_step: dict[int, list[dict]] = {}
+        for line in read_jsonl(run.out / "evals.jsonl")[0]:
+            if line.get("eval_judge_sq") is not None:
+                by_step.setdefault(line["step"], []).append(line)
+        history = [
+            (
+                statistics.fmean(line["judge_sq"] for line in lines),
+                statistics.fmean(line["eval_judge_sq"] for line in lines),
+            )
+            for lines in by_step.values()
+        ]
+        if warning := judges_part(history):
+            say(run.out, f"warning (judges_part): {warning}")
+
+
+def second_opinion(judge: Judge, run: Run, rows: list[Row]) -> dict[str, float | None]:
+    """SQ of a validation's stories by both judges, where both have scored, and its correlation."""
+
+    def mine() -> dict[int, float | None]:
+        share = [i for i, row in enumerate(rows) if row.story.strip()]
+        asked = {
+            i: judge.submit(rows[i].example.prompt, rows[i].story)
+            for i in share[run.rank :: run.mesh.size()]
+        }
+        return {i: future.result().score for i, future in asked.items()}
+
+    pairs = [
+        (reward.sq, score)
+        for scores in on_all_ranks(mine)
+        for i, score in scores.items()
+        if score is not None and (reward := rows[i].reward)
+    ]
+    first = [sq for sq, _ in pairs]
+    second = [sq for _, sq in pairs]
+    numbers = {"judge_sq": mean(first), "eval_judge_sq": mean(second)}
+    return numbers | {"judges_agree": agreement(first, second)}
 
 
 def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimizer:
@@ -416,26 +457,31 @@ def load_examples(cfg: Config) -> Examples:
 
 
 @contextmanager
-def open_judge(cfg: Config, out: Path) -> Iterator[Judge]:
-    """This rank's judge client; the stand-in judge runs beside it where no other is named.
+def open_judges(cfg: Config, out: Path) -> Iterator[tuple[Judge, Judge | None]]:
+    """This rank's judge clients; the stand-in judge runs beside it where no other is named.
 
-    Makes `out` once the judge has answered. ChatStop, on all ranks, if it cannot be reached.
+    Makes `out` once the judges have answered. ChatStop, on all ranks, if one cannot be reached.
     """
     url, process = cfg.judge.url, None
     if not url and dist.get_rank() == 0:
         process, url = start_stand_in()
-    options = replace(cfg.judge, url=from_rank_0(url))
+    named = {"judge": replace(cfg.judge, url=from_rank_0(url))}
+    if cfg.eval_judge.url:
+        named["eval-judge"] = cfg.eval_judge
 
     def probe() -> None:  # one rank asks for all
-        if dist.get_rank() == 0:
-            with closing(options.open(Judge)) as judge:
+        for name, options in named.items() if dist.get_rank() == 0 else ():
+            with options.open(Judge, prefix=name) as judge:
                 judge.check()
 
     try:
         on_all_ranks(probe)
         out.mkdir(parents=True, exist_ok=True)
-        with closing(options.open(Judge, cache=out / "verdicts.sqlite")) as judge:
-            yield judge
+        with ExitStack() as stack:
+            kept = {"cache": out / "verdicts.sqlite"}
+            opened = [o.open(Judge, prefix=name, **kept) for name, o in named.items()]
+            judge, *second = [stack.enter_context(judge) for judge in opened]
+            yield judge, second[0] if second else None
     finally:
         if process and process.stdin:
             process.stdin.close()  # it ends with it, as it does when this process is killed
@@ -457,7 +503,7 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
     started = time.perf_counter()
     rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
-    with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
+    with open_judges(cfg, out) as judges, only_writer(out), ExitStack() as stack:
         stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
         source = find_model(cfg.model) if cfg.model else out / "start"
@@ -476,7 +522,9 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
                 f"judge: {cfg.judge.model}\nwriting to {out}",
             )
         parts = (tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
+        judge, eval_judge = judges
         state = Run(cfg, out, mesh, device, *parts, judge, fitting, examples.evals)
+        state.eval_judge = eval_judge
         train(state, examples.warm)
         set_phase("export")
         export(policy, source, out / "model", rank)

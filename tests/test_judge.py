@@ -373,7 +373,7 @@ SPLICES = [
 
 
 @given(st.integers(0, 2**62))
-@settings(derandomize=True, deadline=None, max_examples=5000, database=None)
+@settings(derandomize=True, deadline=None, max_examples=3000, database=None)
 def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
     """A good verdict with values replaced, and its text cut, doubled and spliced."""
     rng = random.Random(seed)
@@ -1451,6 +1451,34 @@ def test_agreement():
     assert judge.agreement([0.1, 0.2, 0.3], [1, 2, 3]) == pytest.approx(1)
     assert judge.agreement([0.1, 0.2, 0.3], [3, 2, 1]) == pytest.approx(-1)
     assert judge.agreement([0.1, 0.1, 0.1], [1, 2, 3]) is judge.agreement([1, 2], [1, 2]) is None
+
+
+def test_a_run_with_flagged_stories_limits_and_blanks_leaves_out_just_those_rows(tmp_path):
+    log, out = tmp_path / "log.jsonl", tmp_path / "run"
+    options = "--steps 3 --prompts 2 --group 5 --eval-prompts 1 --anchor-warmup 1 --warm-steps 5"
+    options += " --device cpu --judge-timeout 20"
+    faults = "moderation:0.08,drip:0.5"
+    with (
+        stand_in(faults=faults, limit=12, window=1.0, log=log, seed=2) as url,
+        stand_in(personality="skeptic") as second,
+    ):
+        argv = [*options.split(), "--out", str(out), "--judge-url", url]
+        argv += ["--eval-judge-url", second, "--eval-judge-model", "skeptic"]
+        command = [sys.executable, str(Path(judge.__file__).parent / "polaris.py"), *argv]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    flagged = {line["digest"] for line in lines if line["outcome"] == "moderation"}
+    assert len({line["digest"] for line in lines}) == len(lines)  # nothing was asked twice
+    rows = [json.loads(line) for line in (out / "rollouts.jsonl").open()]
+    left_out = {offline.row_digest(r["prompt"], r["story"]) for r in rows if r["reward"] is None}
+    assert left_out and left_out <= flagged
+    asked = {offline.row_digest(r["prompt"], r["story"]) for r in rows if r["story"].strip()}
+    assert left_out == flagged & asked
+    assert len(left_out) < len(asked) / 3
+    evals = [json.loads(line) for line in (out / "evals.jsonl").open()]
+    assert all(line["judge_sq"] is not None for line in evals if line["n"])
+    assert all(-1.59 <= line["eval_judge_sq"] <= 1.08 for line in evals if line["n"])
 
 
 # ------------------------------------------------------------------------------------------ options
