@@ -1377,7 +1377,7 @@ def test_any_messages_and_parser_share_the_loop_and_the_cache(quick, tmp_path):
 # ----------------------------------------------------------------------------- a rubric of one's own
 
 
-def test_another_rubric_has_its_own_prompt_schema_clamps_and_report(quick, monkeypatch, capsys):
+def test_another_rubric_has_its_own_prompt_schema_clamps_and_report(quick, capsys):
     page = (Path(judge.__file__).parent / "docs" / "judges.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(from judge import.*?)```", page, re.S)[1]
     assert len(example.splitlines()) <= 40
@@ -1399,8 +1399,7 @@ def test_another_rubric_has_its_own_prompt_schema_clamps_and_report(quick, monke
     with pytest.raises(VerdictError, match="no verdict"):
         judge.parse_verdict(GOOD, "", rubric)
     with scripted(answer(json.dumps(wild))) as server:
-        monkeypatch.setenv("ESSAY_URL", server.url)
-        exec(example, {})
+        exec(example.replace("http://localhost:8000/v1", server.url), {})
         sent = json.loads(server.requests[0].partition(b"\r\n\r\n")[2])["messages"]
     assert sent[0]["content"] == text and "[ESSAY " in sent[1]["content"]
     assert rubric.name in capsys.readouterr().out
