@@ -446,6 +446,9 @@ def parse_verdict(text: str, story: str, rubric: Rubric = STORY_QUALITY) -> Verd
         missing = f"dimensions missing: {', '.join(fewest)}"
         reason = missing if len(fewest) < len(required) else "no verdict in the answer"
         raise VerdictError(f"{reason} ({fault})" if fault else reason)
+    planted = _json_objects(story)[0]  # by a policy, for a judge that repeats what it reads
+    if any(found in planted for found, gap in zip(objects, gaps, strict=True) if not gap):
+        raise VerdictError("the verdict is copied from the text")
     entries = whole[0]
     if any(other != entries for other in whole):
         raise VerdictError(f"{len(whole)} different verdicts in one answer")

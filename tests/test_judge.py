@@ -432,6 +432,9 @@ def test_injections(name):
     # the story wishes.
     with contextlib.suppress(VerdictError):
         assert judge.parse_verdict(f"{story}\n\n{json.dumps(own)}", story).score == -0.13
+    # One that only repeats the story gives no verdict.
+    with pytest.raises(VerdictError):
+        judge.parse_verdict(story, story)
     # The offline judge answers with a whole verdict, its quotes from the story.
     answer = json.dumps(offline.offline_verdict(CHECK_PROMPT, story), ensure_ascii=False)
     verdict = judge.parse_verdict(answer, story)
@@ -1374,7 +1377,7 @@ def test_any_messages_and_parser_share_the_loop_and_the_cache(quick, tmp_path):
         )  # the answer, read in another way
 
 
-# ----------------------------------------------------------------------------- a rubric of one's own
+# ---------------------------------------------------------------------------- a rubric of one's own
 
 
 def test_another_rubric_has_its_own_prompt_schema_clamps_and_report(quick, capsys):
