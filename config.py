@@ -165,7 +165,16 @@ PRESETS = {"mini": MINI, "paper": {}}
 
 
 # What a run killed in its first seconds leaves: a new one may take its place.
-BEGUN = {"lock", "ranks", "status.json", "run.log", "start", ".start.tmp", "verdicts.sqlite"}
+BEGUN = {
+    "lock",
+    "ranks",
+    "bill.json",
+    "status.json",
+    "run.log",
+    "start",
+    ".start.tmp",
+    "verdicts.sqlite",
+}
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ from rows import (
 )
 from rundir import RecordError, append, fingerprint, sweep, write
 from watch import (
+    STATUS,
     Heartbeat,
     Interrupted,
     TrainingStop,
@@ -90,6 +91,7 @@ from watch import (
     follow_launcher,
     leave,
     set_phase,
+    settle_bill,
     show_status,
 )
 
@@ -364,11 +366,13 @@ def record_step(
     """Records of a step, on rank 0; its new warnings, on all. TrainingStop after three bad ones."""
     stats = gather(run.judge.stats())
     warned = from_rank_0(log.step(metrics, rows, stats) if log else None)
+    if warned:
+        set_phase("records", warnings=STATUS.get("warnings", {}) | warned)
     run.skipped = run.skipped + 1 if metrics["skipped"] else 0
     if run.rank == 0 and metrics["skipped"]:
+        step = {"step": metrics["step"]}
         ids = [{"prompt_ids": row.prompt_ids, "response_ids": row.response_ids} for row in rows]
-        kept = [{"step": metrics["step"], **line} for line in ids]
-        append(run.out / "skipped.jsonl", *kept)
+        append(run.out / "skipped.jsonl", *[step | line for line in ids])
     if run.skipped == 3:
         raise TrainingStop(
             "the gradient was not finite in three steps in a row: a weight or a reward is broken. "
@@ -458,8 +462,9 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
     rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
     with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
-        stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
+        beat = Heartbeat(out, rank, mesh.size(), cfg.rank_patience, judge.stats)
+        stack.enter_context(beat)
         source = find_model(cfg.model) if cfg.model else out / "start"
         tokenizer = AutoTokenizer.from_pretrained(source)
         policy, copy = load_policy(source, mesh, device, cfg.recompute)
@@ -489,6 +494,7 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
 def begin(cfg: Config, out: Path, examples: Examples) -> None:
     """config.json and the miniature's model; of a resumed run, check what it was made from."""
     sweep(out)
+    settle_bill(out)
     paths = [Path(path) for path in (cfg.data, cfg.eval_data, cfg.model) if path]
     prints = {str(path): fingerprint(path) for path in paths if path.exists()}
     saved = out / "config.json"
