@@ -17,6 +17,7 @@ careless judge would inflate rewards; `quote_accuracy` records it. Faults of cal
     python judge.py schema                        the verdict's JSON schema, for strict decoding
 
 Without --judge-url, check and score ask the stand-in judge (text statistics, mini/standin.py).
+Exit status: 0 done, 2 settings or input, 3 the judge failed.
 """
 
 import argparse
@@ -38,7 +39,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chat import Answer, Chat, ChatOptions, ChatStop, Unusable, add_options, clean, options_from
+from chat import (
+    Answer,
+    Chat,
+    ChatOptions,
+    ChatStop,
+    Unusable,
+    add_options,
+    clean,
+    options_from,
+    without_thinking,
+)
 from reward import strip_length_sentence, unescape
 
 # -------------------------------------------------------------------------------------- the rubric
@@ -421,6 +432,8 @@ def parse_verdict(text: str, story: str, rubric: Rubric = STORY_QUALITY) -> Verd
     must hold all dimensions; two that differ are refused, since nothing says which one counts.
     Scores out of range are clamped, catch-alls may be absent (0), totals are ignored.
     """
+    raw = text
+    text = without_thinking(text)
     if len(text) > 200_000:
         raise VerdictError(f"an answer of {len(text)} characters is no verdict")
     objects, fault = _json_objects(text)
@@ -437,7 +450,7 @@ def parse_verdict(text: str, story: str, rubric: Rubric = STORY_QUALITY) -> Verd
         raise VerdictError(f"{len(whole)} different verdicts in one answer")
     scores = {key: entry["score"] for key, entry in entries.items()}
     accuracy = _quote_accuracy(entries, story, rubric)
-    return Verdict(rubric.score(scores), *rubric.totals(scores), entries, accuracy, raw=text)
+    return Verdict(rubric.score(scores), *rubric.totals(scores), entries, accuracy, raw=raw)
 
 
 # A comma before a closing bracket, outside strings: a string is matched first, whole, and put back.
@@ -560,7 +573,8 @@ class Judge(Chat):
         **more: Any,
     ) -> None:
         body = {"temperature": 0.2, "top_p": 0.9, "response_format": {"type": "json_object"}}
-        super().__init__(base_url, model, api_key, extra_body=body | (extra_body or {}), **more)
+        more = {"prefix": "judge", **more, "extra_body": body | (extra_body or {})}
+        super().__init__(base_url, model, api_key, **more)
         self.rubric = rubric
 
     def submit(self, prompt: str, story: str, repeat: int = 0) -> Future[Verdict]:
@@ -573,11 +587,10 @@ class Judge(Chat):
         parse = functools.partial(parse_verdict, story=story, rubric=self.rubric)
         return self.request(messages, parse, key=key, repeat=repeat, into=_verdict)
 
-    def check(self) -> None:
+    def check(self, say: Callable[[str], Any] = print) -> None:
         """Have the bundled story scored once; ChatStop if no verdict comes back."""
-        verdict = self.submit(CHECK_PROMPT, CHECK_STORY).result()
-        if verdict.score is None:
-            raise ChatStop(f"{self.model} at {self.url} gives no verdict: {verdict.error}")
+        messages = self.rubric.messages(CHECK_PROMPT, CHECK_STORY, secrets.token_hex(8))
+        self.probe(messages, functools.partial(parse_verdict, story="", rubric=self.rubric), say)
 
 
 def _verdict(answer: Answer) -> Verdict:
@@ -586,6 +599,34 @@ def _verdict(answer: Answer) -> Verdict:
     paid = dict(zip(("tokens_in", "tokens_out"), answer.usage, strict=True))
     how = {"raw": answer.raw, "cached": answer.cached, "seconds": answer.seconds}
     return replace(verdict, **how, **paid)
+
+
+# ---------------------------------------------------------------------------------- a second judge
+
+
+def agreement(first: list[float], second: list[float]) -> float | None:
+    """The correlation in [-1, 1] of two judges' scores of the same stories; None without spread."""
+    if len(first) < 3 or min(statistics.pstdev(first), statistics.pstdev(second)) < 1e-9:
+        return None
+    return statistics.correlation(first, second)
+
+
+def judges_part(history: list[tuple[float, float]], window: int = 3, margin: float = 0.02) -> str:
+    """The warning "JUDGES PART", or "".
+
+    history: mean SQ by the training judge and by the second one, validation by validation. They
+    part when over the last `window` of them the first rose, and the second fell, by the margin.
+    """
+    if len(history) < window:
+        return ""
+    (first, second), (first_now, second_now) = history[-window], history[-1]
+    if first_now - first < margin or second - second_now < margin:
+        return ""
+    return (
+        f"JUDGES PART: over {window} validations the training judge went up from {first:.2f} to "
+        f"{first_now:.2f}, the second judge down from {second:.2f} to {second_now:.2f}. The policy "
+        "may be learning the training judge's blind spots: read stories, stop early"
+    )
 
 
 # ------------------------------------------------------------------------------- the stand-in judge
@@ -604,7 +645,7 @@ def _stand_in_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
 def start_stand_in(**options: Any) -> tuple[subprocess.Popen, str]:
     """Start the stand-in judge -> (process, base URL). It ends when its stdin closes.
 
-    options: delay, faults, seed, log, as of `judge.py serve`.
+    options: delay, faults, seed, log, personality, …, as of `judge.py serve`.
     """
     flags = [f"--{name}={value}" for name, value in options.items()]
     command, environment = _stand_in_command("--port=0", "--until-stdin-closes", *flags)
@@ -664,6 +705,10 @@ def _drafts() -> dict[str, str]:
 def _check(judge: Judge, times: int) -> None:
     """Is the spread of one draft's scores small beside that between five drafts?"""
     judge.check()
+    long = "\n\n".join(f"{i}.\n\n{CHECK_STORY}" for i in range(1, 23))  # 4,000 words
+    verdict = judge.submit(CHECK_PROMPT.replace("190", "4,000"), long).result()
+    if verdict.score is None:
+        raise ChatStop(f"no verdict on 4,000 words: {verdict.error}")
     drafts = _drafts()
     asked = [[judge.submit(CHECK_PROMPT, text) for _ in range(times)] for text in drafts.values()]
     print(f"{judge.model} at {judge.url}\n\n{'draft':30}{'mean':>7}{'spread':>8}   scores")
@@ -729,7 +774,7 @@ def _ask(args: argparse.Namespace) -> None:
     if not options.url:
         process, url = start_stand_in()  # it ends with this program
         options = replace(options, url=url)
-    with contextlib.closing(options.open(Judge)) as judge:
+    with options.open(Judge) as judge:
         if args.command == "check":
             return _check(judge, args.times)
         verdict = judge.submit(args.prompt, story).result()
@@ -769,7 +814,7 @@ def main() -> None:
         else:
             _ask(args)
     except (ChatStop, ValueError, OSError) as error:
-        sys.exit(f"judge.py: {error}")
+        parser.exit(3 if isinstance(error, ChatStop) else 2, f"judge.py: {error}\n")
 
 
 if __name__ == "__main__":

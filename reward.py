@@ -18,7 +18,8 @@ from typing import Any
 
 # ---------------------------------------------------------------------------------- text and length
 
-_LENGTH = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+)\s+words\s+long\b", re.I)
+# Bounds and look-behinds keep the search linear in runs of digits and blanks.
+_LENGTH = re.compile(r"(\d{1,3}(?:,\d{3}){1,5}|(?<!\d)\d+)\s+words\s+long\b", re.I)
 # A sentence ends at . ! ? before white space or at a line break ...
 _BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|\n+")
 # ... but not after a title, "e.g." or an initial,
@@ -29,7 +30,7 @@ _TITLE = re.compile(
 # unless such a word follows: in "plan B. It …" the B ends a sentence, it is no initial.
 _OPENER = re.compile(r"(?:The|It|Its|Your|This|Make|Write|Aim|Please|Keep)\b")
 _LENGTH_PHRASE = re.compile(
-    r"[,;(]?\s*(?:\b(?:about|around|roughly|approximately)\s+)?" + _LENGTH.pattern, re.I
+    r"(?:[,;(]|(?<!\s))\s*(?:\b(?:about|around|roughly|approximately)\s+)?" + _LENGTH.pattern, re.I
 )
 
 

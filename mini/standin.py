@@ -184,6 +184,7 @@ def measure(prompt: str, story: str) -> tuple[dict[str, float], dict[str, int], 
     early = {stems[i] for i in content if i < n / 2}
     late = [stems[i] in early for i in content if i >= n / 2]
     values = {
+        "echo": 1 - _ramp(len(hits) / max(1, len(content)), 0.35, 0.7),
         "uptake": 0.7 * named + 0.3 * all_along / 4 if asked else 0.6,  # of the prompt's words
         "complete": whole / n,  # words in sentences with a capital and an end
         "ending": 1.0 if last.whole and last.size > 1 else 0.0,
@@ -224,9 +225,14 @@ _OFFLINE = {
     "N9": {"diversity": 0.6, "fresh": 0.4},
     "N10": {"shape": 0.4, "grammar": 0.3, "balance": 0.2, "clean": 0.1},
 }
+# The skeptic sees what the reader does not: words of the prompt that are merely repeated.
+_SKEPTIC = {"P1": {"echo": 1.0}, "P6": {"echo": 1.0}, "N1": {"echo": 1.0}, "N5": {"echo": 1.0}}
+PERSONALITIES = {"reader": _OFFLINE, "skeptic": _OFFLINE | _SKEPTIC}
 
 
-def offline_verdict(prompt: str, story: str) -> dict[str, dict[str, Any]]:
+def offline_verdict(
+    prompt: str, story: str, personality: str = "reader"
+) -> dict[str, dict[str, Any]]:
     """A complete verdict, as an LLM would answer, from text statistics; equal for equal texts."""
     values, at, spans = measure(prompt, story)
     prose = (1 + values.get("several", 0.0)) / 2
@@ -234,7 +240,7 @@ def offline_verdict(prompt: str, story: str) -> dict[str, dict[str, Any]]:
         prose *= values.get(name, 0.0)
     verdict = {}
     for d in RUBRIC:
-        weights = _OFFLINE.get(d.key, {})
+        weights = PERSONALITIES[personality].get(d.key, {})
         parts = {name: weight * values.get(name, 0.0) for name, weight in weights.items()}
         gain = sum(parts.values())
         if d.key in POSITIVE:
@@ -255,7 +261,37 @@ def offline_verdict(prompt: str, story: str) -> dict[str, dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------ server
 
-_FAULT_NAMES = "an HTTP status (429, 500, ...), reset, truncate or silent"
+
+def _error(message: str, **more: Any) -> dict[str, Any]:
+    return {"error": {"message": message, **more}}
+
+
+def _minute(seconds: float) -> dict[str, Any]:
+    delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds:.2f}s"}
+    return _error("Too many requests per minute.", status="RESOURCE_EXHAUSTED", details=[delay])
+
+
+_FLAGGED = {"reasons": ["violence"], "flagged_input": "...", "provider_name": "-"}
+_NO_FIELD = "Unsupported parameter: 'top_p'."
+# What providers answer in place of a verdict.
+_REFUSALS = {
+    "moderation": (403, _error("It requires moderation.", code=403, metadata=_FLAGGED)),
+    "context": (400, _error("Too many tokens.", code="context_length_exceeded")),
+    "parameter": (400, _error(_NO_FIELD, param="top_p", code="unsupported_parameter")),
+    "quota": (429, _error("Check your plan.", code="insufficient_quota")),
+    "minute": (429, _minute(0.5)),
+    "upstream": (200, _error("The provider died.", code=502)),
+    "choice": (200, {"choices": [_error("Slow down.", code=429)]}),
+}
+_CHOICES: dict[str, Any] = {
+    "safety": {"finish_reason": "SAFETY", "message": {"role": "assistant", "content": None}},
+    "refusal": {"finish_reason": "stop", "message": {"content": None, "refusal": "I cannot."}},
+    "broken": {"finish_reason": "error", "message": {"content": ""}},
+}
+_SPOILT = "reset truncate silent blanks drip think cut hidden".split()
+_OF_THE_STORY = ("moderation", "context", "safety", "refusal")  # whenever that is asked for
+_FAULTS = [*_REFUSALS, *_CHOICES, *_SPOILT]
+_FAULT_NAMES = f"an HTTP status (429, 500, ...), {', '.join(_FAULTS)}"
 
 
 def row_digest(prompt: str, story: str) -> str:
@@ -283,8 +319,8 @@ def _parse_faults(spec: str) -> dict[str, float]:
     """'429:0.1,reset:0.05' -> {"429": 0.1, "reset": 0.05}"""
     faults = {}
     for item in filter(None, spec.split(",")):
-        match = re.fullmatch(r"([45]\d\d|reset|truncate|silent):([01]|[01]?\.\d+)", item.strip())
-        if not match:
+        match = re.fullmatch(r"([45]\d\d|[a-z]+):([01]|[01]?\.\d+)", item.strip())
+        if not match or not (match[1].isdigit() or match[1] in _FAULTS):
             form = f"write NAME:SHARE, as in 429:0.1,reset:0.05; NAME is {_FAULT_NAMES}"
             raise ValueError(f"fault {item!r}: {form}")
         faults[match[1]] = float(match[2])
@@ -303,6 +339,7 @@ class _Server(ThreadingHTTPServer):
         self.faults = _parse_faults(args.faults)
         self.lock = threading.Lock()
         self.attempts: Counter[str] = Counter()
+        self.times: list[float] = []  # of the requests that the limit let through
         self.write_log("")  # a path that cannot be written to fails now
 
     def draw(self, digest: str) -> tuple[str, int]:
@@ -311,11 +348,25 @@ class _Server(ThreadingHTTPServer):
             self.attempts[digest] += 1
             attempt = self.attempts[digest]
         x = random.Random(f"{self.args.seed} {digest} {attempt}").random()
+        same = random.Random(f"{self.args.seed} {digest}").random()
         for name, share in self.faults.items():
-            x -= share
-            if x < 0:
+            if name in _OF_THE_STORY:
+                same -= share
+            else:
+                x -= share
+            if min(x, same) < 0:
                 return name, attempt
         return "", attempt
+
+    def too_early(self) -> float:
+        """Seconds until the limit lets a request through; 0: now, and it is counted."""
+        with self.lock:
+            now = time.monotonic()
+            self.times = [t for t in self.times if t > now - self.args.window]
+            if self.args.limit and len(self.times) >= self.args.limit:
+                return self.times[0] + self.args.window - now
+            self.times.append(now)
+            return 0.0
 
     def write_log(self, line: str) -> None:
         if self.args.log:
@@ -343,6 +394,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(400, "the body must be JSON with a list of messages")
         if not self.path.endswith("/chat/completions"):
             return self._refuse(404, f"POST to /v1/chat/completions, not {self.path}")
+        if wait := self.server.too_early():
+            return self._reply(429, _minute(wait))
         digest = row_digest(prompt, story)
         fault, attempt = self.server.draw(digest)
         time.sleep(self.server.args.delay)
@@ -350,26 +403,58 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.write_log(json.dumps(record | {"time": time.time()}) + "\n")
         if fault.isdigit():
             return self._refuse(int(fault), f"{fault} on demand")
+        if fault in _REFUSALS:
+            return self._reply(*_REFUSALS[fault])
         if fault == "silent":
             self.close_connection = True
             self.rfile.read(1)  # returns when the client hangs up
             return None
-        content = json.dumps(offline_verdict(prompt, story), ensure_ascii=False)
+        verdict = offline_verdict(prompt, story, self.server.args.personality)
+        content = json.dumps(verdict, ensure_ascii=False)
         if fault == "truncate":
             content = content[: len(content) // 2]
-        read = len(body) // 4
+        if fault == "think":  # a draft, which must not count
+            content = f"<think>{content.replace('0', '1')}</think>\n{content}"
+        read = len(body) // 4 if fault != "cut" else len(body) // 40
         wrote = len(content) // 4
-        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        total = read + wrote + 1000 * (fault == "hidden")
+        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": total}
         message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
         answer = {
             "id": f"offline-{digest}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": str(request.get("model")),
             "usage": usage,
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [_CHOICES.get(fault, choice)],
         }
+        if request.get("stream"):
+            delta = {"index": 0, "delta": message, "finish_reason": "stop"}
+            chunk = answer | {"object": "chat.completion.chunk", "choices": [delta]}
+            return self._slowly(
+                f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", "text/event-stream"
+            )
+        if fault in ("drip", "blanks"):
+            blanks = 20 if fault == "drip" else 10**6
+            return self._slowly(json.dumps(answer), "application/json", blanks)
         return self._reply(200, answer, reset=fault == "reset")
+
+    def do_GET(self) -> None:
+        if not self.path.endswith("/models"):
+            return self._refuse(404, f"GET /v1/models, not {self.path}")
+        return self._reply(200, {"object": "list", "data": [{"id": "offline", "object": "model"}]})
+
+    def _slowly(self, text: str, kind: str, blanks: int = 0) -> None:
+        """An answer without length, after lines that keep the connection alive."""
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for _ in range(blanks):
+            self.wfile.write(b"\n")
+            time.sleep(0.05)
+        self.wfile.write(text.encode())
 
     def _refuse(self, status: int, message: str) -> None:
         self._reply(status, {"error": {"message": message}})
@@ -402,6 +487,9 @@ def main() -> None:
     add("--port", type=int, default=8600, help="0: any free one [%(default)s]")
     add("--delay", type=float, default=0.0, help="seconds before each answer")
     add("--faults", default="", help=f"NAME:SHARE,...; NAME is {_FAULT_NAMES}")
+    add("--limit", type=int, default=0, help="requests in a window; more get 429 and the delay")
+    add("--window", type=float, default=60.0, help="seconds of that window [%(default)s]")
+    add("--personality", default="reader", choices=PERSONALITIES, help="[%(default)s]")
     add("--seed", type=int, default=0, help="of the faults")
     add("--log", default="", help="file that gets one JSON line a request")
     add("--until-stdin-closes", action="store_true", help="end with the program that started it")
@@ -415,7 +503,7 @@ def main() -> None:
     except KeyboardInterrupt:
         pass
     except (ValueError, OSError) as error:
-        sys.exit(f"judge.py serve: {error}")
+        parser.exit(2, f"judge.py serve: {error}\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import mini.standin as offline
 import reward as rewards
 from chat import ChatStop
 from judge import CHECK_PROMPT, CHECK_STORY, NEGATIVE, POSITIVE, RUBRIC, Judge, VerdictError
+from mini import world
 
 HERE = Path(__file__).parent
 GOLDEN_REWARD = json.loads((HERE / "golden_reward.json").read_text(encoding="utf-8"))
@@ -372,7 +373,7 @@ SPLICES = [
 
 
 @given(st.integers(0, 2**62))
-@settings(derandomize=True, deadline=None, max_examples=9500, database=None)
+@settings(derandomize=True, deadline=None, max_examples=5000, database=None)
 def test_fuzzed_verdicts_score_in_range_or_are_refused(seed):
     """A good verdict with values replaced, and its text cut, doubled and spliced."""
     rng = random.Random(seed)
@@ -462,9 +463,9 @@ def http(status, body, *headers, length=None):
 
 
 def answer(content, *headers, **extra):
-    """A chat completion of 1,000 tokens in and 100 out."""
+    """A chat completion of 5,000 tokens in and 500 out."""
     choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"} | extra
-    usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+    usage = {"prompt_tokens": 5000, "completion_tokens": 500}
     return http(
         200,
         json.dumps({"choices": [choice], "usage": usage}),
@@ -571,7 +572,7 @@ BODY = FINE.partition(b"\r\n\r\n")[2]
 
 def case(name, *script, error="", score=GOOD_SCORE, retries=0, tokens=None, seconds=(0, 1)):
     """A script and what comes of it. With words of an error there is no score, and nothing paid."""
-    paid = tokens if tokens is not None else 0 if error else 1000
+    paid = tokens if tokens is not None else 0 if error else 5000
     wanted = None if error else score
     return pytest.param(script, wanted, error, retries, paid, seconds, id=name)
 
@@ -583,22 +584,6 @@ MATRIX = [
     case("reset in the body", reset(FINE[:900]), FINE, retries=1),
     case("closed in the body", lambda c: c.sendall(FINE[:900]), FINE, retries=1),
     case("always reset", reset(b"HTTP/1.1 200"), error="no connection", retries=2),
-    case("silent once", silence, FINE, retries=1, seconds=(0.5, 1.5)),
-    case("silent", silence, error="no answer within 0.6 s", retries=2, seconds=(1.8, 2.6)),
-    case(
-        "dripping head",
-        drip(FINE, 0.05),
-        error="no answer within 0.6 s",
-        retries=2,
-        seconds=(1.8, 2.6),
-    ),
-    case(
-        "dripping body",
-        drip(http(200, b"{}" * 999, length=9999), 0.02),
-        error="within 0.6 s",
-        retries=2,
-        seconds=(1.8, 2.6),
-    ),
     case("slow but in time", late, seconds=(0.3, 1.0)),
     case("429", http(429, ""), http(429, ""), FINE, retries=2),
     case(
@@ -606,20 +591,8 @@ MATRIX = [
     ),
     case("429, Retry-After date", too_many_until_a_date, FINE, retries=1, seconds=(0.9, 3)),
     case("429, Retry-After nonsense", http(429, "", "Retry-After: tomorrow"), FINE, retries=1),
-    case(
-        "429 for ever",
-        http(429, '{"error": {"message": "slow down"}}'),
-        error="HTTP 429: slow down",
-        retries=2,
-    ),
     case("408, 409", http(408, ""), http(409, ""), FINE, retries=2),
     case("500, 502", http(500, "oops"), http(502, "<html>"), FINE, retries=2),
-    case(
-        "503 for ever",
-        http(503, "<html>\n<b>busy</b></html>"),
-        error="HTTP 503: <html> <b>busy</b>",
-        retries=2,
-    ),
     case(
         "400",
         http(400, '[{"error": {"message": "context too long"}}]'),
@@ -650,28 +623,28 @@ MATRIX = [
         error="upstream died",
         retries=1,
     ),
-    case("null content", answer(None), error="empty or unfinished", retries=1, tokens=2000),
-    case("empty content", answer("  "), error="empty or unfinished", retries=1, tokens=2000),
+    case("null content", answer(None), error="empty or unfinished", retries=1, tokens=10000),
+    case("empty content", answer("  "), error="empty or unfinished", retries=1, tokens=10000),
     case("content in parts", answer([{"type": "text", "text": GOOD}])),
     case(
         "out of tokens",
         answer(GOOD, finish_reason="length"),
         error="(length)",
         retries=1,
-        tokens=2000,
+        tokens=10000,
     ),
-    case("truncated verdict", answer(GOOD[:-99]), error="no verdict", retries=1, tokens=2000),
+    case("truncated verdict", answer(GOOD[:-99]), error="no verdict", retries=1, tokens=10000),
     case(
-        "wrong schema", answer('{"P1": 3}'), error="dimensions missing: P2", retries=1, tokens=2000
+        "wrong schema", answer('{"P1": 3}'), error="dimensions missing: P2", retries=1, tokens=10000
     ),
-    case("wrong schema once", answer('{"rating": "good"}'), FINE, retries=1, tokens=2000),
+    case("wrong schema once", answer('{"rating": "good"}'), FINE, retries=1, tokens=10000),
     case("out of range", answer(json.dumps(verdict_with(P1=10**9, N8=-5))), score=0.15),
     case(
         "NaN",
         answer(GOOD.replace('"score": 0', '"score": NaN', 1)),
         error="NaN is no score",
         retries=1,
-        tokens=2000,
+        tokens=10000,
     ),
     case("50 MB", flood, error="more than 4 MiB", retries=1, seconds=(0, 3)),
     case("wrong content type", http(200, BODY, "Content-Type: image/png")),
@@ -730,7 +703,7 @@ def test_fault_matrix(quick, script, score, words, retries, tokens, seconds):
 def test_ask_is_the_same_transport_for_any_chat(quick):
     messages = [{"role": "user", "content": "Name a fox."}]
     with scripted(http(500, ""), answer("Rufus")) as server, client(server.url) as judging:
-        assert judging.ask(messages) == ("Rufus", (1000, 100))
+        assert judging.ask(messages) == ("Rufus", (5000, 500))
         assert json.loads(server.requests[0].partition(b"\r\n\r\n")[2])["messages"] == messages
 
         def refuse(text):
@@ -741,14 +714,14 @@ def test_ask_is_the_same_transport_for_any_chat(quick):
         assert (caught.value.kind, caught.value.raw, caught.value.usage) == (
             "unusable",
             "Rufus",
-            (2000, 200),
+            (10000, 1000),
         )
         stats = judging.stats()
         assert (stats["calls"], stats["retries"], stats["failures"], stats["tokens_in"]) == (
             2,
             2,
             1,
-            3000,
+            15000,
         )
 
 
@@ -1035,6 +1008,451 @@ def test_the_key_travels_in_one_header_and_comes_back_nowhere(quick, tmp_path, m
         assert b"uthorization" not in server.requests[0]  # not even one from .netrc
 
 
+# ------------------------------------------------------------------- what providers answer instead
+
+
+@contextlib.contextmanager
+def stand_in(**options):
+    process, url = judge.start_stand_in(**options)
+    with process:
+        yield url
+        process.stdin.close()
+
+
+def error(status, message="no", **more):
+    body = json.dumps({"error": {"message": message, **more}})
+    return http(status, body, "Content-Type: application/json")
+
+
+@pytest.mark.parametrize("name", ["moderation", "context", "safety", "refusal"])
+def test_a_refused_story_is_final_and_others_go_on(quick, tmp_path, name):
+    log = tmp_path / "log"
+    with stand_in(faults=f"{name}:0.3", log=log) as url, client(url) as judging:
+        stories = [f"{CHECK_STORY} {i}." for i in range(20)]
+        found = [judging.submit(CHECK_PROMPT, story).result() for story in stories]
+        again = [judging.submit(CHECK_PROMPT, story).result() for story in stories]
+    lost = [v.score is None for v in found]
+    assert 2 <= sum(lost) <= 12 and [v.score is None for v in again] == lost
+    assert all("this text is refused" in v.error for v in found if v.error)
+    assert len(log.read_text().splitlines()) == 40  # nothing was asked twice by the client
+
+
+@pytest.mark.parametrize(
+    ("status", "more"),
+    [
+        (403, {"metadata": {"reasons": ["hate"], "flagged_input": "API key not valid"}}),
+        (400, {"code": "content_filter", "innererror": {"code": "ResponsibleAIPolicyViolation"}}),
+        (400, {"message": "Your request was rejected by our safety system."}),
+        (400, {"code": "data_inspection_failed"}),
+        (400, {"code": "invalid_prompt", "message": "Your prompt was flagged."}),
+        (400, {"message": "This model's maximum context length is 8192 tokens. However, ..."}),
+        (400, {"message": "prompt is too long: 210000 tokens > 200000 maximum"}),
+        (400, {"message": "The input token count (1200000) exceeds the maximum of 1048576."}),
+        (413, {"message": "Request too large"}),
+        (422, {"message": "Input data may contain inappropriate content."}),
+        (200, {"code": 403, "metadata": {"reasons": ["x"]}, "message": "flagged"}),
+    ],
+)
+def test_errors_of_a_story(quick, status, more):
+    with scripted(error(status, **more), FINE) as server, client(server.url) as judging:
+        verdict = judging.submit("p", "s").result(timeout=5)
+        assert verdict.score is None and "this text is refused" in verdict.error
+        assert judging.submit("p", "t").result().score == GOOD_SCORE and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "option"),
+    [
+        (400, {"message": "Unsupported parameter: 'top_p'", "param": "top_p"}, "extra"),
+        (400, {"message": "`temperature` is deprecated for this model."}, "extra"),
+        (400, {"message": "temperature and top_p cannot both be specified"}, "extra"),
+        (422, {"message": "Extra inputs are not permitted: response_format"}, "extra"),
+        (400, {"message": "Invalid value: 'json_object'. Supported values are: text"}, "extra"),
+        (400, {"message": "API key not valid.", "type": "INVALID_ARGUMENT"}, "key-env"),
+        (400, {"message": "Your credit balance is too low to access the API."}, "key-env"),
+        (400, {"message": "User location is not supported for the API use."}, "key-env"),
+        (403, {"message": "Your account was flagged and suspended."}, "key-env"),
+        (403, {"message": "Permission denied on resource project x"}, "key-env"),
+        (400, {"message": "The model `gemini-9` does not exist."}, "model"),
+        (404, {"message": "no such model"}, "model"),
+        (429, {"message": "You exceeded your quota.", "code": "insufficient_quota"}, "key-env"),
+        (429, {"message": "Rate limit: requests per day (RPD). Try again in 7m12s"}, "key-env"),
+        (200, {"code": 402, "message": "Insufficient credits"}, "key-env"),
+        (200, {"code": "401", "message": "User not found."}, "key-env"),
+    ],
+)
+def test_errors_of_settings_stop_everything_and_name_the_option(quick, status, more, option):
+    with scripted(error(status, **more)) as server, client(server.url, concurrency=1) as judging:
+        futures = [judging.submit("p", str(i)) for i in range(9)]
+        for future in futures:
+            with pytest.raises(ChatStop, match=f"--judge-{option}"):
+                future.result(timeout=5)
+        assert len(server.requests) == 1
+        if option == "extra":
+            assert "'{\"FIELD\": null}' leaves" in str(future.exception())
+
+
+def test_an_unknown_400_is_one_storys_at_first_and_ends_the_run_in_the_end(quick):
+    with scripted(error(400, "odd")) as server, client(server.url, concurrency=1) as judging:
+        futures = [judging.submit("p", str(i)) for i in range(60)]
+        first = futures[0].result(timeout=5)
+        assert first.score is None and "--judge-extra" in first.error
+        with pytest.raises(ChatStop, match="12 calls in a row .* HTTP 400: odd"):
+            futures[-1].result(timeout=5)
+        assert len(server.requests) == 12
+    # Once others were accepted, words about parameters are about this call alone.
+    script = [FINE, error(400, "unsupported parameter: top_p"), FINE]
+    with scripted(*script) as server, client(server.url, concurrency=1) as judging:
+        scores = [judging.submit("p", str(i)).result().score for i in range(3)]
+        assert scores == [GOOD_SCORE, None, GOOD_SCORE]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "seconds"),
+    [
+        ("Retry-After: 48", "", 48),
+        ("retry-after-ms: 1500", "", 1.5),
+        ("", '{"error": {"details": [{"@type": "RetryInfo", "retryDelay": "48s"}]}}', 48),
+        ("", '{"retry_delay": {"seconds": 31, "nanos": 5}}', 31),
+        ("", '{"error": {"message": "Please retry in 48.326172s."}}', 48.326172),
+        ("", "Rate limit reached. Please try again in 6m0s.", 360),
+        ("", "Please try again in 20ms.", 0.02),
+        ("", "Please retry after 7 seconds.", 7),
+        ("", "Please wait 12 seconds before the next request", 12),
+        ("", "try again in 1 hour", 3600),
+        ("", '{"retry_after": 2.5}', 2.5),
+        ("", '{"retryAfterMs": 700}', 0.7),
+        ("", "limit resets in 30s", 30),
+        ("Retry-After: 2", '{"retryDelay": "5s"}', 5),
+        ("Retry-After: tomorrow", "the model is overloaded; 3000 requests", 0),
+    ],
+)
+def test_delays_are_read_wherever_they_stand(headers, body, seconds):
+    assert chat.stated_delay(f"{headers}\n{body}") == pytest.approx(seconds)
+
+
+def test_a_limit_per_minute_loses_no_story(quick, tmp_path):
+    with stand_in(limit=6, window=0.8) as url, client(url, concurrency=16) as judging:
+        begin = time.monotonic()
+        verdicts = [f.result(30) for f in [judging.submit("p", str(i)) for i in range(24)]]
+        seconds = time.monotonic() - begin
+        stats = judging.stats()
+    assert all(v.score is not None for v in verdicts) and stats["failures"] == 0
+    assert 2.2 <= seconds < 9
+    assert stats["requests"] == 24 + stats["retries"] <= 24 + 4 * 18  # all wait together
+
+
+@pytest.mark.parametrize("status", [429, 498, 503, 529, 200])
+def test_a_busy_server_has_a_time_budget_and_no_count(quick, status):
+    busy = error(status, "slow down", code=429, retryDelay="0.1s")
+    with scripted(*[busy] * 6, FINE) as server, client(server.url, retries=0) as judging:
+        assert judging.submit("p", "s").result(timeout=9).score == GOOD_SCORE
+    with scripted(busy) as server, client(server.url, patience=0.5) as judging:
+        begin = time.monotonic()
+        verdict = judging.submit("p", "s").result(timeout=9)
+        assert "slow down" in verdict.error and "--judge-rpm" in verdict.error
+        assert 0.3 <= time.monotonic() - begin < 2 and 2 <= len(server.requests) <= 8
+
+
+def test_a_delay_beyond_the_budget_is_not_waited_for(quick):
+    busy = error(429, "Please try again in 3h")
+    with scripted(busy) as server, client(server.url, concurrency=2) as judging:
+        futures = [judging.submit("p", str(i)) for i in range(40)]
+        assert "try again in 3h" in futures[0].result(timeout=5).error
+        with pytest.raises(ChatStop, match="in a row"):
+            futures[-1].result(timeout=5)
+        assert len(server.requests) <= 13
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 502, "message": "upstream died"}},
+        {"choices": [{"error": {"code": 502, "message": "x"}, "message": {"content": GOOD}}]},
+        {"choices": [{"finish_reason": "error", "message": {"content": GOOD}}]},
+        {"error": {"message": "overloaded", "type": "overloaded_error"}},
+    ],
+)
+def test_errors_inside_a_200(quick, body):
+    wrong = http(200, json.dumps(body))
+    with scripted(wrong, FINE) as server, client(server.url) as judging:
+        assert judging.submit("p", "s").result().score == GOOD_SCORE and len(server.requests) == 2
+    with scripted(wrong) as server, client(server.url, patience=0.1) as judging:
+        assert judging.submit("p", "s").result().score is None
+
+
+ASKED = len(
+    chat._RUN.sub(r"\1", "".join(m["content"] for m in judge.judge_messages("p", "s", "m")))
+)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [silence, drip(FINE, 0.05), drip(http(200, b"{}" * 999, length=9999), 0.02)],
+    ids=["silent", "dripping head", "dripping body"],
+)
+def test_a_time_out_is_asked_once_more_closed_and_counted(quick, act):
+    closed = []
+
+    def watched(connection):
+        with contextlib.suppress(OSError):
+            act(connection)
+            connection.recv(1)
+        closed.append(time.monotonic())
+
+    with scripted(watched) as server, client(server.url) as judging:
+        begin = time.monotonic()
+        verdict = judging.submit("p", "s").result(timeout=9)
+        spent = time.monotonic() - begin
+        assert "no answer within 0.6 s" in verdict.error and 1.2 <= spent < 2.2
+        assert len(server.requests) == judging.stats()["requests"] == 2
+        assert verdict.tokens_in == pytest.approx(2 * ASKED / 4, rel=0.01)  # most likely paid
+        time.sleep(0.3)
+        assert len(closed) == 2  # the server saw both connections end
+    with scripted(act, FINE) as server, client(server.url) as judging:
+        assert judging.submit("p", "s").result().score == GOOD_SCORE
+
+
+def test_blanks_that_keep_a_connection_alive(quick):
+    with stand_in(faults="drip:1") as url, client(url, timeout=5) as judging:
+        assert judging.submit(CHECK_PROMPT, CHECK_STORY).result().score == GOOD_SCORE
+    with stand_in(faults="blanks:1") as url, client(url) as judging:
+        begin = time.monotonic()
+        assert "no answer within" in judging.submit("p", "s").result(timeout=9).error
+        assert time.monotonic() - begin < 2.5
+
+
+def test_flex_tiers_get_more_time():
+    def seconds(tier, **limits):
+        with Judge("http://h/v1", "m", extra_body={"service_tier": tier}, **limits) as judging:
+            return judging._timeout
+
+    assert seconds("flex") >= 900 > seconds("auto") and seconds("flex", timeout=30.0) == 30.0
+
+
+def test_what_is_paid_and_what_was_read():
+    with stand_in(faults="hidden:1") as url, client(url) as judging:
+        verdict = judging.submit(CHECK_PROMPT, CHECK_STORY).result()
+        wrote = len(json.dumps(offline.offline_verdict(CHECK_PROMPT, CHECK_STORY))) // 4
+        assert verdict.score == GOOD_SCORE and verdict.tokens_out >= 1000 + 0.9 * wrote
+    with stand_in(faults="cut:1") as url, client(url) as judging:
+        verdict = judging.submit(CHECK_PROMPT, CHECK_STORY).result()
+        assert verdict.score is None and "it cut the prompt" in verdict.error
+        assert judging.stats()["requests"] == 1
+        # A text of blanks or dashes has few tokens: its verdict is no sign of a cut prompt.
+    dashes = "A fox. " + "-" * 90_000 + " " * 90_000
+    with scripted(FINE) as server, client(server.url) as judging:
+        assert judging.submit("p", dashes).result().score == GOOD_SCORE
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"finish_reason": "RECITATION", "message": {"content": ""}}, "RECITATION"),
+        ({"finish_reason": "content_filter", "message": {"content": GOOD}}, "content_filter"),
+        ({"finish_reason": "stop", "message": {"content": "", "refusal": "No."}}, "No."),
+        ({"finish_reason": None, "native_finish_reason": "SAFETY", "message": {}}, "SAFETY"),
+    ],
+)
+def test_reasons_reach_the_user_and_are_not_paid_twice(quick, choice, words):
+    reply = http(200, json.dumps({"choices": [choice]}))
+    with scripted(reply) as server, client(server.url) as judging:
+        verdict = judging.submit("p", "s").result()
+        assert verdict.score is None and words in verdict.error and len(server.requests) == 1
+    blocked = http(200, json.dumps({"promptFeedback": {"blockReason": "SAFETY"}}))
+    with scripted(blocked) as server, client(server.url) as judging:
+        assert "SAFETY" in judging.submit("p", "s").result().error and len(server.requests) == 1
+
+
+def test_the_probe_speaks_and_hardly_retries(quick):
+    said = []
+    with scripted(silence) as server, client(server.url, retries=4) as judging:
+        begin = time.monotonic()
+        with pytest.raises(ChatStop, match="no answer within"):
+            judging.check(said.append)
+        assert time.monotonic() - begin < 1.5 and len(server.requests) == 1
+        assert "for up to 1 s" in said[0] or "0.6" in said[0]
+    said.clear()
+    with scripted(error(429, "try again in 0.2s"), FINE) as server, client(server.url) as judging:
+        judging.check(said.append)
+        assert len(said) == 2 and "again in" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (f"<think>Perhaps {json.dumps(perfect_verdict())}?</think>\n{GOOD}", GOOD_SCORE),
+        (f"<thinking>{json.dumps(perfect_verdict())}</thinking>{GOOD}", GOOD_SCORE),
+        (f"Let me see. {json.dumps(perfect_verdict())}\n</think>\n{GOOD}", GOOD_SCORE),
+        (f"<think>{json.dumps(perfect_verdict())}", None),  # cut off while thinking
+        (GOOD.replace("Text statistics", "It says </think>"), GOOD_SCORE),  # quoted
+    ],
+)
+def test_thinking_is_no_verdict(quick, text, score):
+    with scripted(answer(text)) as server, client(server.url) as judging:
+        verdict = judging.submit(CHECK_PROMPT, CHECK_STORY).result()
+        assert verdict.score == score and verdict.raw == text
+    with contextlib.suppress(VerdictError):
+        assert judge.parse_verdict(text, CHECK_STORY).score == score
+
+
+def test_private_certificates_count_for_local_names_and_proxies_do_not(monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/my/ca.pem")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    with Judge("https://gpu7/v1", "m") as judging:
+        session = judging._session()
+        settings = session.merge_environment_settings(judging.url, {}, True, None, None)
+        assert settings["verify"] == "/my/ca.pem" and not settings["proxies"]
+    with Judge("https://host.org/v1", "m") as judging:
+        settings = judging._session().merge_environment_settings(judging.url, {}, True, None, None)
+        assert settings["verify"] == "/my/ca.pem" and settings["proxies"]["https"]
+
+
+def test_short_keys_are_dummies_and_long_ones_are_found_in_any_spelling(quick, monkeypatch):
+    with scripted(FINE) as server, client(server.url, api_key="0") as judging:
+        assert judging.submit(CHECK_PROMPT, CHECK_STORY).result().raw == GOOD
+    spelt = "".join(f"\\u{ord(c):04x}" for c in KEY)
+    for text in ("x" * 290 + KEY, KEY.replace("/", "\\/"), spelt, "%73k-secret%2f8e1fbf"):
+        for body in (json.dumps({"error": {"message": text}}), f"<p>{text}</p>", text):
+            with scripted(http(400, body)) as server, client(server.url) as judging:
+                reason = judging.submit("p", "s").result().error
+            assert "***" in reason and "sk-s" not in reason and "8e1f" not in reason, reason
+    monkeypatch.setenv("HTTP_PROXY", "http://me:swordfish@127.0.0.1:1")
+    monkeypatch.setattr(chat, "is_local", lambda url: False)
+    for text in ("swordfish", "proxy http://me:pw@host:1 refused"):
+        with client("http://host.org/v1") as judging:
+            assert "swordfish" not in judging._said(text) and ":pw@" not in judging._said(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["sk-or-v1-0123456789abcdef", "gsk_0aB1cD2eF3gH4", "AIzaSyD0aB1cD2"]
+)
+def test_a_key_in_place_of_its_name_is_not_shown(name):
+    for url in ("https://host.org/v1", "http://localhost:1/v1"):
+        run = run_cli("check", "--judge-url", url, "--judge-key-env", name)
+        assert run.returncode == 2 and "--judge-key-env" in run.stderr
+        assert name not in run.stdout + run.stderr
+
+
+def test_no_worker_dies_in_silence(tmp_path):
+    for url in ("http://[::1/v1", "http://h:99999/v1", "http://:80/v1"):
+        with pytest.raises(ValueError, match="url: write http"):
+            Judge(url, "m")
+    with contextlib.closing(chat.Chat("http://localhost:1/v1", "m", concurrency=1)) as talking:
+        with pytest.raises(SystemExit):
+            talking.start(sys.exit, 1).result(timeout=5)
+        assert talking.start(max, 3, 4).result(timeout=5) == 4
+    cache = tmp_path / "c.sqlite"
+    with scripted(FINE) as server, client(server.url, cache=cache) as judging:
+        judging.submit("p", "s").result()
+        with sqlite3.connect(cache) as db:
+            db.execute("UPDATE verdicts SET raw = NULL")
+        assert judging.submit("p", "s").result(timeout=5).score == GOOD_SCORE
+        assert len(server.requests) == 2
+
+
+def test_any_messages_and_parser_share_the_loop_and_the_cache(quick, tmp_path):
+    messages = [{"role": "user", "content": "Rate it."}]
+
+    def rating(text):
+        if not text.isdigit():
+            raise chat.Unusable("no number")
+        return int(text)
+
+    script = [answer("prose"), answer("prose"), answer("prose"), answer("7"), answer("8")]
+    with scripted(*script) as server, client(server.url, cache=tmp_path / "c.sqlite") as asking:
+        lost = asking.request(messages, rating).result()
+        assert (lost.value, lost.error, lost.kind, lost.usage) == (
+            *(None, "no number", "unusable"),
+            (10000, 1000),
+        )
+        found = [asking.request(messages, rating, repeat=n).result() for n in (0, 1, 0, 1)]
+        assert [a.value for a in found] == [7, 8, 7, 8] and len(server.requests) == 5
+        assert [a.cached for a in found] == [False, False, True, True]
+        assert (
+            asking.request(messages, str).result().value == "7"
+        )  # the answer, read in another way
+
+
+# ----------------------------------------------------------------------------- a rubric of one's own
+
+
+def test_another_rubric_has_its_own_prompt_schema_clamps_and_report(quick, monkeypatch, capsys):
+    page = (Path(judge.__file__).parent / "docs" / "judges.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(from judge import.*?)```", page, re.S)[1]
+    assert len(example.splitlines()) <= 40
+    names = {}
+    exec(example.partition("with Judge(")[0], names)
+    rubric = names["ESSAY"]
+    text, schema = rubric.text(), rubric.schema()
+    assert list(schema["properties"]) == [d.key for d in rubric.dimensions]
+    for d in rubric.dimensions:
+        assert f"## {d.key}. {d.name} ({d.min}-{d.max})" in text
+        assert schema["properties"][d.key]["properties"]["score"]["maximum"] == d.max
+    assert "story" not in text.lower() and "BONUS" not in text
+    wild = {d.key: {"justification": "", "quotes": [], "score": 99} for d in rubric.dimensions}
+    merits = sum(d.max for d in rubric.dimensions if d.sign > 0)
+    faults = sum(d.max for d in rubric.dimensions if d.sign < 0)
+    verdict = judge.parse_verdict(json.dumps(wild), "", rubric)
+    assert verdict.score == pytest.approx((merits - faults) / merits)
+    assert (verdict.positive, verdict.negative) == (merits, faults) and verdict.quote_accuracy == 0
+    with pytest.raises(VerdictError, match="no verdict"):
+        judge.parse_verdict(GOOD, "", rubric)
+    with scripted(answer(json.dumps(wild))) as server:
+        monkeypatch.setenv("ESSAY_URL", server.url)
+        exec(example, {})
+        sent = json.loads(server.requests[0].partition(b"\r\n\r\n")[2])["messages"]
+    assert sent[0]["content"] == text and "[ESSAY " in sent[1]["content"]
+    assert rubric.name in capsys.readouterr().out
+
+
+def test_a_rubric_that_cannot_work_is_refused():
+    one = judge.Dimension("A", "a", 5)
+    for dimensions in ((one, one), (judge.Dimension("A", "a", 0),)):
+        with pytest.raises(ValueError, match="rubric 'x'"):
+            judge.Rubric("x", "poem", "You judge.", "1. Fair.", dimensions)
+
+
+# -------------------------------------------------------------------------------- a second judge
+
+
+def test_a_second_judge_sees_what_a_policy_exploits():
+    """Ever more words of the prompt in stories on something else: the reader likes it."""
+    fables = world.fables(20, 0)
+    plain = offline._FUNCTION | offline._TASK
+
+    def stories(share):
+        for i, e in enumerate(fables):
+            rng = random.Random(i)
+            asked = rewards.strip_length_sentence(e.prompt).lower()
+            words = [w for w in re.findall(r"[a-z]{3,}", asked) if w not in plain]
+
+            def word(match, rng=rng, words=words):
+                keep = match[0] in plain or rng.random() >= share
+                return match[0] if keep else rng.choice(words)
+
+            yield e.prompt, re.sub(r"\b[a-z]{3,}\b", word, fables[(i + 7) % 20].story)
+
+    with stand_in() as first, stand_in(personality="skeptic") as second:
+        with Judge(first, "reader") as reader, Judge(second, "skeptic") as skeptic:
+            history, agreed = [], []
+            for share in (0.0, 0.15, 0.3):
+                tales = list(stories(share))
+                scores = [[j.submit(*t).result().score for t in tales] for j in (reader, skeptic)]
+                history.append(tuple(sum(s) / len(s) for s in scores))
+                agreed.append(judge.agreement(*scores))
+    assert judge.judges_part(history).startswith("JUDGES PART: over 3 validations the training")
+    assert all(-1 <= r <= 1 for r in agreed)
+    for calm in (history[::-1], history[:2], [(a, a) for a, _ in history]):
+        assert judge.judges_part(calm) == ""
+
+
+def test_agreement():
+    assert judge.agreement([0.1, 0.2, 0.3], [1, 2, 3]) == pytest.approx(1)
+    assert judge.agreement([0.1, 0.2, 0.3], [3, 2, 1]) == pytest.approx(-1)
+    assert judge.agreement([0.1, 0.1, 0.1], [1, 2, 3]) is judge.agreement([1, 2], [1, 2]) is None
+
+
 # ------------------------------------------------------------------------------------------ options
 
 
@@ -1054,16 +1472,17 @@ def test_every_option_reaches_the_request(monkeypatch):
         )
         with contextlib.closing(options.open(chat.Chat)) as talking:
             assert talking.ask([])[0] == "Rufus"
-            assert talking.stats()["dollars"] == pytest.approx(1000 * 2e-6 + 100 * 1e-5)
+            assert talking.stats()["dollars"] == pytest.approx(5000 * 2e-6 + 500 * 1e-5)
     head, _, body = server.requests[0].partition(b"\r\n\r\n")
     assert f"Bearer {KEY}".encode() in head
     assert json.loads(body) == {"model": "fox", "top_k": 3, "messages": []}
     with scripted(silence, silence, http(503, "")) as server:
         limits = ("--llm-timeout", "0.2", "--llm-retries", "1", "--llm-concurrency", "2")
+        limits += ("--llm-patience", "0.1")
         with contextlib.closing(parsed("--llm-url", server.url, *limits).open(Judge)) as judging:
             for future in [judging.submit("p", str(i)) for i in range(5)]:
                 assert future.result(timeout=20).score is None
-            assert len(judging._threads) == 2 and len(server.requests) == 10
+            assert len(judging._threads) == 2 and len(server.requests) >= 7
 
 
 @pytest.mark.parametrize("extra", ["", "{", "[1]", "null", '{"a": }'])
@@ -1271,22 +1690,24 @@ def test_score_prints_a_verdict(tmp_path):
     assert json.loads(run.stdout)["score"] == sq(TALE)
 
 
-def test_bad_input_is_explained(quick, tmp_path, monkeypatch):
+def test_bad_input_is_explained(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dead = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    for args, words in (
-        (["check", "--judge-url", "https://api.openai.com/v1"], "export JUDGE_API_KEY"),
-        (["check", "--judge-url", dead], "refused"),
-        (["check", "--judge-url", "localhost:1"], "http(s)://host"),
-        (["score", str(tmp_path / "none.txt")], "none.txt"),
+    for args, status, words in (
+        (["check", "--judge-url", "https://api.openai.com/v1"], 3, "export JUDGE_API_KEY"),
+        (["check", "--judge-url", dead], 3, "refused"),
+        (["check", "--judge-url", "localhost:1"], 2, "http(s)://host"),
+        (["check", "--judge-url", "http://[::1/v1"], 2, "http(s)://host"),
+        (["score", str(tmp_path / "none.txt")], 2, "none.txt"),
     ):
         monkeypatch.setattr(sys, "argv", ["judge.py", *args])
-        with pytest.raises(SystemExit, match=re.escape(words)):
+        with pytest.raises(SystemExit) as caught:
             judge.main()
+        assert caught.value.code == status and words in capsys.readouterr().err
     for faults, words in (("fire:0.5", "NAME:SHARE"), ("500:0.9,429:0.9", "more than 1")):
         run = run_cli("serve", "--faults", faults)
-        assert run.returncode != 0 and words in run.stderr
+        assert run.returncode == 2 and words in run.stderr
 
 
 def test_no_key_in_what_a_command_prints():
