@@ -139,8 +139,8 @@ verdict: it is outside too, with A = 0.""")
     bounded = advantages(equal, IS_ANCHOR, valid)[5]
     print(f"""
 The formula does not bound a row outside the statistics: if all rollouts scored 0.5 and the anchor
-0.67, its A would be {bare:.0f}. So its std is at least 0.05, which makes that {bounded:.4f}.
-And it is capped at (K - 1) / sqrt(K), the largest A that one of K rollouts can have: 1.5 for four.""")
+0.67, its A would be {bare:.0f}. So its std is at least 0.05, which makes that {bounded:.4f}. And it
+is capped at (K - 1) / sqrt(K), the largest A that one of K rollouts can have, 1.5 for four.""")
 
     print("""
 6. LOSS: L = - (sum of A log p) / n over all n response tokens of a step (grpo.onpolicy_loss)
