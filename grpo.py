@@ -223,7 +223,12 @@ def onpolicy_loss(
 
 
 def _backend(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, backend: str, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    backend: str,
+    softcap: float,
 ) -> str:
     """The backend that runs, once all arguments are known to fit."""
     for name, value in {"temperature": temperature, "softcap": softcap}.items():
