@@ -53,6 +53,10 @@ class Config:
         choices=("auto", "cpu", "cuda"),
         may_change=True,
     )
+    stop_on_collapse: bool = knob(
+        False, "stop where a run falls apart (health.py)", may_change=True
+    )
+    rank_patience: float = knob(1800.0, "seconds without progress of a rank", may_change=True)
     tracker: str = knob(
         "none",
         "where metrics go besides metrics.jsonl",
@@ -160,6 +164,10 @@ MINI = dict(
 PRESETS = {"mini": MINI, "paper": {}}
 
 
+# What a run killed in its first seconds leaves: a new one may take its place.
+BEGUN = {"lock", "ranks", "status.json", "run.log", "start", ".start.tmp", "verdicts.sqlite"}
+
+
 @dataclass(frozen=True)
 class Option:
     """A knob as the command line and config.json know it."""
@@ -253,7 +261,16 @@ def saved_values(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"--resume: {path} does not exist; name the directory of an earlier run with --out"
         )
-    saved = json.loads(path.read_text())
+    try:
+        saved = dict(json.loads(path.read_text()).items())
+        extra = sorted(set(saved) - {o.name for o in options()} - {"fingerprint", "resumed"})
+    except (ValueError, AttributeError) as e:
+        raise ConfigError(f"{path} is broken ({e}): bring it back, or start a new run") from None
+    if extra:
+        raise ConfigError(
+            f"{path} has the option {extra[0]!r}, which this version does not know: go on with the "
+            "version that wrote it, or start a new run"
+        )
     may_change = {o.name for o in options() if o.may_change}
     changed = [n for n in given if n not in may_change and saved.get(n) != given[n]]
     if changed:
@@ -293,7 +310,7 @@ def check(cfg: Config) -> None:
             "besides its anchor"
         )
     out = Path(cfg.out)
-    if cfg.out and not cfg.resume and out.exists() and any(out.iterdir()):
+    if cfg.out and not cfg.resume and out.exists() and {p.name for p in out.iterdir()} - BEGUN:
         raise ConfigError(
             f"--out {out} is not empty: add --resume to go on with that run, or choose another"
         )

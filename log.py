@@ -1,5 +1,6 @@
 """What a run records and shows of each step: metrics.jsonl, rollouts.jsonl, a bar, a tracker."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ import torch
 from tqdm import tqdm
 
 from config import Config, flatten
+from health import warnings
 from rows import Row, record
-from rundir import append, last_line
+from rundir import append, last_line, read_jsonl
+from watch import set_phase
 
 
 class Stopwatch:
@@ -29,6 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        set_phase(phase)
         begin = self.now()
         yield
         self.phases[phase] = self.phases.get(phase, 0.0) + self.now() - begin
@@ -47,26 +51,55 @@ class Log:
         last = last_line(out / "metrics.jsonl")
         self.spent = last["judge"] if last else {}
         self.track = open_tracker(cfg, out)
-        self.bar = tqdm(total=steps, initial=done, desc="steps", dynamic_ncols=True)
+        self.metrics = read_jsonl(out / "metrics.jsonl")[0] if done else []
+        self.warned = {name for line in self.metrics for name in line.get("warnings", {})}
+        self.live = sys.stderr.isatty()  # a log gets a line a step in place of a bar
+        self.bar = tqdm(
+            total=steps, initial=done, desc="steps", dynamic_ncols=True, disable=not self.live
+        )
 
-    def step(self, metrics: dict[str, Any], rows: list[Row], stats: list[dict[str, float]]) -> None:
-        """Record one step. stats: of each rank's judge client."""
+    def step(
+        self, metrics: dict[str, Any], rows: list[Row], stats: list[dict[str, float]]
+    ) -> dict[str, str]:
+        """Record one step; stats: of each rank's judge client. Returns its new warnings."""
         bill = {name: self.spent.get(name, 0) + sum(s[name] for s in stats) for name in stats[0]}
         bill["dollars_projected"] = bill["dollars"] * self.steps / metrics["step"]
-        for row in rows:
-            line = {"step": metrics["step"], **record(row), "advantage": row.advantage}
-            append(self.out / "rollouts.jsonl", line)
-        append(self.out / "metrics.jsonl", metrics | {"judge": bill})
+        metrics["judge"] = bill
+        metrics["wall"] = time.time()
+        self.metrics.append(metrics)
+        found = warnings(self.metrics)
+        new = {name: text for name, text in found.items() if name not in self.warned}
+        self.warned |= set(new)
+        metrics["warnings"] = new
+        step = metrics["step"]
+        lines = [{"step": step, **record(row), "advantage": row.advantage} for row in rows]
+        append(self.out / "rollouts.jsonl", *lines)
+        append(self.out / "metrics.jsonl", metrics)
         if self.track:
-            self.track(metrics | {"judge": bill}, metrics["step"])
+            self.track(metrics, step)
         shown = {
             "reward": metrics["reward_mean"],
             "length error": metrics["length_error"],
             "words": metrics["words"],
             "$": bill["dollars"],
         }
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value})
+        values = {name: f"{value:.2f}" for name, value in shown.items() if value}
+        self.bar.set_postfix(values)
         self.bar.update()
+        seconds = metrics["time"]["step"]
+        line = ", ".join(f"{name} {value}" for name, value in values.items())
+        say(self.out, f"step {step}/{self.steps}: {line}; {seconds:.1f} s", show=not self.live)
+        for name, text in new.items():
+            say(self.out, f"warning ({name}): {text}")
+        return new
+
+
+def say(out: Path, text: str, show: bool = True) -> None:
+    """Print, and keep in run.log."""
+    if show:
+        tqdm.write(text)
+    with open(out / "run.log", "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
 def open_tracker(cfg: Config, out: Path) -> Callable[[dict[str, Any], int], None] | None:

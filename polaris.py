@@ -37,12 +37,12 @@ rollouts, LoRA.
 import json
 import math
 import os
-import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -58,15 +58,17 @@ from transformers.utils import logging as transformers_logging
 
 import data
 from chat import ChatStop
+from checkpoint import resume, save_before_stop, save_step
 from config import Config, ConfigError, flatten, parse
 from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
+from health import COLLAPSE
 from judge import Judge, Verdict, start_stand_in
-from log import Log, Stopwatch
+from log import Log, Stopwatch, say
 from mini import world
-from policy import Policy, accumulate, apply, copy_weights, export, load, load_policy, save
-from ranks import from_rank_0, join, on_all_ranks, setup
+from policy import Policy, accumulate, apply, copy_weights, export, load_policy
+from ranks import from_rank_0, gather, join, on_all_ranks, only_writer, setup, stop_if_asked
 from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed
 from rows import (
     Row,
@@ -79,7 +81,17 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import append, rewind, write
+from rundir import RecordError, append, fingerprint, sweep, write
+from watch import (
+    Heartbeat,
+    Interrupted,
+    TrainingStop,
+    catch_signals,
+    follow_launcher,
+    leave,
+    set_phase,
+    show_status,
+)
 
 
 def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
@@ -222,6 +234,7 @@ class Run:
     train: list[Example]
     evals: list[Example]
     decoders: Decoders = field(default_factory=Decoders)
+    skipped: int = 0  # steps in a row whose gradient was not finite
 
     @property
     def rank(self) -> int:
@@ -233,8 +246,11 @@ class Run:
         also = self.copy.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
 
+    def save(self, step: int) -> None:
+        save_step(self.policy, self.optimizer, self.out, step, self.cfg.keep)
+
     def bar(self, total: int, what: str) -> tqdm:
-        hidden = self.rank != 0
+        hidden = self.rank != 0 or not sys.stderr.isatty()
         return tqdm(
             total=total, desc=what, leave=False, position=1, disable=hidden, dynamic_ncols=True
         )
@@ -265,37 +281,6 @@ def validate(run: Run, step: int, label: str) -> None:
                 append(run.out / "eval_stories.jsonl", head | record(row))
 
 
-def save_step(run: Run, step: int) -> None:
-    """Checkpoint after `step`, unless it is there; only the newest `keep` stay."""
-    folder = run.out / "checkpoints" / f"step-{step:06d}"
-    if folder.exists():
-        return
-    save(run.policy, run.optimizer, folder)
-    if run.rank == 0:
-        for old in sorted(folder.parent.glob("step-*"))[: -run.cfg.keep]:
-            shutil.rmtree(old)
-
-
-def resume(run: Run) -> int | None:
-    """Load the newest checkpoint, drop what a killed run recorded after it.
-
-    Returns its step; None where there is none.
-    """
-    folders = sorted((run.out / "checkpoints").glob("step-*"))
-    step = int(folders[-1].name.removeprefix("step-")) if folders else None
-    dist.barrier()
-    if folders:
-        load(run.policy, run.optimizer, folders[-1])
-        copy_weights(run.policy.lm, run.copy)
-    if run.rank == 0:
-        last = -1 if step is None else step
-        # A validation comes after its checkpoint, so one that was cut short is done again.
-        kept = {"metrics": last, "rollouts": last, "evals": last - 1, "eval_stories": last - 1}
-        for name, newest in kept.items():
-            rewind(run.out / f"{name}.jsonl", newest)
-    return step
-
-
 def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimizer:
     betas = (cfg.beta1, cfg.beta2)
     parameters = policy.parameters()
@@ -311,6 +296,7 @@ def warm_start(run: Run, examples: list[Example]) -> None:
         for step in range(1, cfg.warm_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.warm_lr * (1 - 0.9 * (step - 1) / cfg.warm_steps)
+            stop_if_asked()
             chosen = data.step_examples(examples, cfg.seed, step, n_rows)
             rows = anchor_rows(run.tokenizer, chosen, cfg)
             ids = [(row.prompt_ids, row.response_ids) for row in rows]
@@ -329,42 +315,67 @@ def warm_start(run: Run, examples: list[Example]) -> None:
 
 
 def train(run: Run, warm_examples: list[Example]) -> None:
-    """Warm start if there is one, then steps; validation before, in between and after."""
+    """Warm start if there is one, then steps; validation before, in between and after.
+
+    Whatever stops the run stops it between two steps, with a checkpoint of the last whole one.
+    """
     cfg = run.cfg
     steps = cfg.steps or len(run.train) // cfg.prompts
-    done = resume(run) if cfg.resume else None
-    if done is None:
-        done = 0
-        if warm_examples:
-            warm_start(run, warm_examples)
-            save_step(run, 0)
-
-    def validation_due(step: int) -> str:
-        if step == 0:
-            return "before"
-        if step == steps:
-            return "after"
-        due = cfg.eval_every and step % cfg.eval_every == 0
-        return f"step {step}" if due else ""
-
-    if label := validation_due(done):
-        validate(run, done, label)
+    done = resume(run.policy, run.optimizer, run.out, cfg.save_every) if cfg.resume else None
+    if done is not None:
+        copy_weights(run.policy.lm, run.copy)
+    elif warm_examples:
+        warm_start(run, warm_examples)
+        run.save(0)
+    done = done or 0
     log = Log(run.out, cfg, steps, done) if run.rank == 0 else None
-    for step in range(done + 1, steps + 1):
-        try:
-            metrics, rows = train_step(run, step)
-        except ChatStop:
-            run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
-            save_step(run, step - 1)
-            raise
-        stats = on_all_ranks(run.judge.stats)
-        if log:
-            log.step(metrics, rows, stats)
-        label = validation_due(step)
-        if label or step % cfg.save_every == 0:
-            save_step(run, step)
-        if label:
+    set_phase("starting", done, state="training", steps=steps)
+
+    def validate_if_due(step: int) -> None:
+        label = {0: "before", steps: "after"}.get(step, f"step {step}")
+        if step in (0, steps) or (cfg.eval_every and step % cfg.eval_every == 0):
+            if step > 0:  # a validation that is cut short is done again, from here
+                run.save(step)
+            set_phase("validation", step)
             validate(run, step, label)
+
+    try:
+        validate_if_due(done)
+        for step in range(done + 1, steps + 1):
+            set_phase("data", step)
+            metrics, rows = train_step(run, step)
+            done = step
+            warned = record_step(run, log, metrics, rows)
+            if step % cfg.save_every == 0:
+                run.save(step)
+            validate_if_due(step)
+            collapsed = [name for name in warned if name in COLLAPSE]
+            if cfg.stop_on_collapse and collapsed:
+                raise TrainingStop(f"{warned[collapsed[0]]} (--stop-on-collapse)")
+    except (ChatStop, Interrupted, TrainingStop) as error:
+        run.optimizer.zero_grad()  # what the step had begun is no part of the checkpoint
+        save_before_stop(run.policy, run.optimizer, run.out, done, cfg.keep, error)
+        raise
+
+
+def record_step(
+    run: Run, log: Log | None, metrics: dict[str, Any], rows: list[Row]
+) -> dict[str, str]:
+    """Records of a step, on rank 0; its new warnings, on all. TrainingStop after three bad ones."""
+    stats = gather(run.judge.stats())
+    warned = from_rank_0(log.step(metrics, rows, stats) if log else None)
+    run.skipped = run.skipped + 1 if metrics["skipped"] else 0
+    if run.rank == 0 and metrics["skipped"]:
+        ids = [{"prompt_ids": row.prompt_ids, "response_ids": row.response_ids} for row in rows]
+        kept = [{"step": metrics["step"], **line} for line in ids]
+        append(run.out / "skipped.jsonl", *kept)
+    if run.skipped == 3:
+        raise TrainingStop(
+            "the gradient was not finite in three steps in a row: a weight or a reward is broken. "
+            f"Their rows are in {run.out}/skipped.jsonl; lower --lr, or go on from an earlier "
+            "checkpoint (move the newer ones away)"
+        )
+    return warned
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,60 +455,70 @@ def find_model(name: str) -> Path:
 def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples) -> None:
     """A whole run, from an open process group to the report."""
     started = time.perf_counter()
-    main = mesh.get_rank() == 0
+    rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
-    with open_judge(cfg, out) as judge:
-        if main:
-            if not cfg.resume:
-                write(out / "config.json", json.dumps(flatten(cfg), indent=1) + "\n")
-            if not cfg.model and not (out / "start" / "config.json").exists():
-                # Real prose has more words than the fables do: longer tokens keep stories short.
-                vocab_size = 2048 if cfg.data else 512
-                world.make_model(out / "start", examples.train, cfg.seed, vocab_size)
-        dist.barrier()
+    with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
+        stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
+        on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
         source = find_model(cfg.model) if cfg.model else out / "start"
         tokenizer = AutoTokenizer.from_pretrained(source)
         policy, copy = load_policy(source, mesh, device, cfg.recompute)
-        cfg, fitting = fit(cfg, tokenizer, examples.train)
+        cfg, fitting = fit(cfg, tokenizer, examples)
         if main:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
             n_long = len(examples.train) - len(fitting)
-            print(
+            say(
+                out,
                 f"{cfg.preset}: {copy.num_parameters() / 1e6:,.1f}M parameters "
                 f"on {mesh.size()} × {where}\n{kernels(copy)}\n"
                 f"{len(fitting)} prompts ({n_long} too long), {len(examples.evals)} for validation"
                 f"\nresponses of up to {cfg.reward.max_response} tokens; "
-                f"judge: {cfg.judge.model}\nwriting to {out}"
+                f"judge: {cfg.judge.model}\nwriting to {out}",
             )
-        optimizer = make_optimizer(policy, cfg, cfg.lr)
-        state = Run(
-            cfg,
-            out,
-            mesh,
-            device,
-            tokenizer,
-            policy,
-            copy,
-            optimizer,
-            judge,
-            fitting,
-            examples.evals,
-        )
+        parts = (tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
+        state = Run(cfg, out, mesh, device, *parts, judge, fitting, examples.evals)
         train(state, examples.warm)
-        export(policy, source, out / "model", mesh.get_rank())
+        set_phase("export")
+        export(policy, source, out / "model", rank)
         if main:
             report(out)
             print_summary(out)
-            print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+            say(out, f"{(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def begin(cfg: Config, out: Path, examples: Examples) -> None:
+    """config.json and the miniature's model; of a resumed run, check what it was made from."""
+    sweep(out)
+    paths = [Path(path) for path in (cfg.data, cfg.eval_data, cfg.model) if path]
+    prints = {str(path): fingerprint(path) for path in paths if path.exists()}
+    saved = out / "config.json"
+    record = {**flatten(cfg), "fingerprint": prints, "resumed": []}
+    if cfg.resume:
+        old = json.loads(saved.read_text())
+        before = old.get("fingerprint", {})
+        if changed := [path for path in prints if before.get(path, prints[path]) != prints[path]]:
+            raise RecordError(
+                f"{changed[0]} is not what this run began with: bring the old one back, or start a "
+                "new run"
+            )
+        now = {"at": time.strftime("%Y-%m-%d %H:%M:%S")}
+        now |= {k: v for k, v in flatten(cfg).items() if k in old and old[k] != v and k != "resume"}
+        record = {**old, "resumed": [*old.get("resumed", []), now]}
+    write(saved, json.dumps(record, indent=1) + "\n")
+    if not cfg.model and not (out / "start").exists():
+        # Real prose has more words than the fables do: longer tokens keep stories short.
+        vocab_size = 2048 if cfg.data else 512
+        world.make_model(out / ".start.tmp", examples.train, cfg.seed, vocab_size)
+        (out / ".start.tmp").rename(out / "start")
 
 
 def fit(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, train: list[Example]
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, examples: Examples
 ) -> tuple[Config, list[Example]]:
     """The examples whose prompts fit, and the settings with a response limit for their anchors."""
     fitting = [
         e
-        for e in train
+        for e in examples.train
         if len(data.encode_prompt(tokenizer, e.prompt, cfg.thinking)) <= cfg.max_prompt
     ]
     if len(fitting) < cfg.prompts:
@@ -511,6 +532,11 @@ def fit(
         longest = max(len(ids) for ids in anchors if ids)
         limit = math.ceil(longest * 3 // 2 / 32) * 32
         cfg = replace(cfg, reward=replace(cfg.reward, max_response=limit))
+    if examples.warm and not anchor_rows(tokenizer, examples.warm, cfg):
+        raise ConfigError(
+            f"no story of --data is within --max-response {cfg.reward.max_response} tokens: the "
+            "warm start has nothing to train on"
+        )
     return cfg, fitting
 
 
@@ -529,32 +555,42 @@ def prepare(argv: list[str]) -> tuple[Config, Examples] | int:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 done, 2 settings or data cannot work, 3 the judge failed (see --resume)."""
+    """Exit status: 0 done; 2 settings or data; 3 the judge; 4 interrupted; 5 stopped by itself.
+
+    1, with a traceback, is a fault of ours. 3, 4 and 5 can be resumed.
+    """
+    if argv[:1] == ["--status"]:
+        return show_status(Path(*argv[1:2]))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    follow_launcher()
+    catch_signals()
     rank = join()
+    out = ""
     try:
         # Rank 0 reads settings and data for all. What is wrong with them is said once, and before
         # any rank ends: torchrun kills the others as soon as one has failed.
         plan = from_rank_0(prepare(argv) if rank == 0 else None)
         if isinstance(plan, int):
-            return plan
+            return leave(plan)
         cfg, examples = plan
+        out = cfg.out
         mesh, device = setup(cfg)
         run(cfg, mesh, device, examples)
-    except (ConfigError, DataError, ChatStop) as e:
-        if rank == 0:
-            print(f"\npolaris: {e}", file=sys.stderr)
-        if not isinstance(e, ChatStop):
-            return 2
-        if rank == 0 and (Path(cfg.out) / "config.json").exists():
-            again = f"--out {cfg.out} --resume"
-            print(f"Nothing is lost: go on with {again} once the judge is back.", file=sys.stderr)
-        return 3
+        return leave(0, out)
+    except (ConfigError, DataError, RecordError) as e:
+        return leave(2, reason=str(e))
+    except (ChatStop, Interrupted, TrainingStop, FloatingPointError) as e:
+        statuses: dict[type, int] = {ChatStop: 3, Interrupted: 4}
+        return leave(statuses.get(type(e), 5), out, str(e))
+    except Exception:
+        leave(1, out, traceback.format_exc())
+        raise
     finally:
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    # train.sh has it from a file; torchrun would drown our message in thirty lines of its own.
+    sys.exit(0 if status > 1 and "POLARIS_EXIT_STATUS" in os.environ else status)

@@ -456,27 +456,30 @@ def accumulate(
 
 def apply(
     policy: Policy, optimizer: torch.optim.Optimizer, sums: Tensor, n_tokens: int, grad_clip: float
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """One optimiser step with the gradients of `accumulate`; `sums` [5] add up what it returned.
 
     Rows of zero advantage count in n_tokens, and their log-probs in the metrics. Returns loss,
-    gradient norm before clipping, mean log-prob and entropy in nats, tokens, and how far the
-    sampler is from the policy: the mean of log q - log p over sampled tokens. Raises
-    FloatingPointError, with the weights untouched, if the gradient is not finite.
+    gradient norm before clipping, mean log-prob and entropy in nats, tokens; how far the sampler is
+    from the policy: the mean of log q - log p over sampled tokens; and `skipped`: the gradient was
+    not finite (on any rank: the norm is everyone's), so no weight was touched.
     """
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)).item()
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"the gradient norm is {grad_norm}: no update was made. Go on from the last checkpoint "
-            "with --resume; if it happens again, a weight or a reward is broken"
-        )
-    optimizer.step()
+    skipped = not math.isfinite(grad_norm)
+    if not skipped:
+        optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
     loss, logp, entropy, gap, sampled = sums.tolist()
-    metrics = {"loss": loss, "grad_norm": grad_norm}
-    metrics |= {"logp": logp / n_tokens, "entropy": entropy / n_tokens, "tokens": n_tokens}
-    return metrics | {"sampler_gap": gap / sampled if sampled else None}
+    numbers = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "logp": logp / n_tokens,
+        "entropy": entropy / n_tokens,
+        "sampler_gap": gap / sampled if sampled else math.nan,
+    }
+    finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    return finite | {"tokens": n_tokens, "skipped": skipped}
 
 
 def state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -492,15 +495,8 @@ def state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def save(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Checkpoint of weights and optimiser, sharded over the ranks; named only when it is whole."""
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)  # what a killed run left
-    dist.barrier()
-    dcp.save(state(policy, optimizer), checkpoint_id=tmp)
-    if dist.get_rank() == 0:
-        os.replace(tmp, folder)
-    dist.barrier()
+    """Write weights and optimiser, sharded over the ranks."""
+    dcp.save(state(policy, optimizer), checkpoint_id=folder)
 
 
 def load(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:

@@ -5,8 +5,10 @@ sharded inside a node and replicated across (HSDP).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chat import ChatStop
 from config import Config, ConfigError
+from rundir import RecordError, lock
+from watch import PHASE, Interrupted, TrainingStop, may_interrupt, set_phase
 
 
 def join() -> int:
@@ -56,25 +60,40 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
 T = TypeVar("T")
 
 
-def on_all_ranks(function: Callable[[], T]) -> list[T]:
-    """What `function` returns on each rank, on all of them; ChatStop on all if it is one's.
+def gather(value: T) -> list[T]:
+    """Each rank's value, on all of them. A rank gets its own back with what cannot travel."""
+    values: list[Any] = [None] * dist.get_world_size()
+    phase = PHASE["phase"]
+    set_phase("waiting for the other ranks")
+    dist.all_gather_object(values, value)
+    set_phase(phase)
+    values[dist.get_rank()] = value
+    return values
 
-    A rank gets its own result back as it is, with what cannot travel.
+
+def on_all_ranks(function: Callable[[], T], interruptible: bool = True) -> list[T]:
+    """What `function` returns on each rank, on all of them.
+
+    What stops it on one rank stops it on all, at the same place: ChatStop, Interrupted (only where
+    it is `interruptible`), TrainingStop, RecordError.
     """
     mine: T | None = None
-    stopped = ""
+    error: Exception | None = None
     try:
-        mine = function()
-    except ChatStop as e:
-        stopped = str(e)
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, (mine, stopped))
-    for _, reason in everything:
-        if reason:
-            raise ChatStop(reason)
-    results = [result for result, _ in everything]
-    results[dist.get_rank()] = mine
-    return results
+        with may_interrupt() if interruptible else nullcontext():
+            mine = function()
+    except (ChatStop, Interrupted, TrainingStop, RecordError) as e:
+        error = e
+    results = gather((mine, error))
+    for _, other in results:
+        if other:
+            raise other
+    return [result for result, _ in results]  # type: ignore[misc]
+
+
+def stop_if_asked() -> None:
+    """A place where all ranks may stop together: Interrupted, if a signal came to one."""
+    on_all_ranks(lambda: None)
 
 
 def from_rank_0(value: Any) -> Any:
@@ -82,3 +101,11 @@ def from_rank_0(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Rank 0 holds the run directory's lock; all ranks stop where it is taken."""
+    with ExitStack() as stack:
+        on_all_ranks(lambda: None if dist.get_rank() else stack.enter_context(lock(out)))
+        yield

@@ -63,7 +63,7 @@ def read(path: Path) -> list[dict]:
 def numbers(out: Path) -> dict:
     """All that a run wrote, without the clock and the bill."""
     metrics = [
-        {k: v for k, v in line.items() if k not in ("time", "judge")}
+        {k: v for k, v in line.items() if k not in ("time", "judge", "wall")}
         for line in read(out / "metrics.jsonl")
     ]
     rows = read(out / "rollouts.jsonl") + read(out / "eval_stories.jsonl")
@@ -112,14 +112,14 @@ def checked_main(argv: list[str]) -> int:
 
 def main_killed_in_checkpoint(argv: list[str], folder: str) -> int:
     """polaris.main, killed by -9 when a checkpoint is written but does not have its name yet."""
-    import policy
+    import rundir
 
     def replace(tmp, target):
         if Path(target).name == folder:
             os.kill(os.getpid(), signal.SIGKILL)
         os.rename(tmp, target)
 
-    policy.os = type("os", (), {"replace": staticmethod(replace)})
+    rundir.os = SimpleNamespace(**vars(os) | {"replace": replace})
     return polaris.main(argv)
 
 
