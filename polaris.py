@@ -67,7 +67,18 @@ from health import COLLAPSE
 from judge import Judge, Verdict, start_stand_in
 from log import Log, Stopwatch, say
 from mini import world
-from policy import Policy, accumulate, apply, copy_weights, export, load_policy
+from policy import (
+    ModelError,
+    Policy,
+    accumulate,
+    apply,
+    check_checkpoint,
+    check_policy,
+    copy_weights,
+    export,
+    load_policy,
+    model_logps,
+)
 from ranks import from_rank_0, gather, join, on_all_ranks, only_writer, setup, stop_if_asked
 from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed
 from rows import (
@@ -117,7 +128,7 @@ def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
     n_tokens = sum(len(row.response_ids) for row in rows)
 
     # The groups that ended first are trained on first, while the judge still reads the others.
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # [3] loss, log-prob, entropy
+    sums = torch.zeros(5, dtype=torch.float64, device=run.device)  # [5], see `accumulate`
     for part in halves(rows):
         with watch("judge_wait"):
             collect_verdicts(run, part, limit)
@@ -129,7 +140,9 @@ def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
         with watch("update"):
             ids = [(row.prompt_ids, row.response_ids) for row in part]
             advantages = [row.advantage for row in part]
-            sums += accumulate(run.policy, ids, advantages, n_tokens, run.mesh, cfg.micro_tokens)
+            logq = [row.logq for row in part]
+            share = (n_tokens, run.mesh, cfg.micro_tokens)
+            sums += accumulate(run.policy, ids, advantages, *share, logq)
     stop_if_too_many_failed(run, step, rows)
     with watch("update"):
         update = apply(run.policy, run.optimizer, sums, n_tokens, cfg.grad_clip)
@@ -170,7 +183,7 @@ def generate_rows(
         with run.bar(len(mine), "  generating (rank 0)") as bar:
             generate(
                 run.copy, prompts, seeds, sampling, run.eos,
-                max_rows=most, on_finish=on_finish, decoders=run.decoders,
+                vocab=run.vocab, max_rows=most, on_finish=on_finish, decoders=run.decoders,
             )  # fmt: skip
         return [rows[i] for i in range(len(mine))]
 
@@ -242,9 +255,13 @@ class Run:
 
     @property
     def eos(self) -> set[int]:
-        """Tokens that end a response: the tokenizer's EOS, and those of the generation settings."""
-        also = self.copy.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
+        """Tokens that end a response: the template's, the tokenizer's, the generation settings'."""
+        return data.stop_tokens(self.tokenizer, self.copy.generation_config, self.cfg.thinking)
+
+    @property
+    def vocab(self) -> int:
+        """Ids from here on are none of the tokenizer's: they pad the model's head."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def save(self, step: int) -> None:
         save_step(self.policy, self.optimizer, self.out, step, self.cfg.keep)
@@ -452,31 +469,87 @@ def find_model(name: str) -> Path:
     return Path(snapshot_download(name, local_files_only=True))
 
 
+@dataclass
+class Model:
+    """What `open_model` makes of a checkpoint, and the settings and examples that fit it."""
+
+    cfg: Config
+    examples: Examples
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    copy: PreTrainedModel
+    checked: str  # what the self-check found, in a line
+
+
+def open_model(
+    cfg: Config, source: Path, mesh: DeviceMesh, device: torch.device, examples: Examples
+) -> Model:
+    """Load a checkpoint and check that what is trained, sampled and exported is one function.
+
+    Writes and pays for nothing. ConfigError, DataError or ModelError where that cannot be.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    cfg, fitting = fit(cfg, tokenizer, examples)
+    limit = cfg.reward.max_response
+    positions = check_checkpoint(source, cfg.max_prompt + limit)
+    longest = max(e.target_words for e in fitting)
+    most = min(3, (positions - cfg.max_prompt) // limit)  # of the validation's buckets
+    evals = [e for e in examples.evals if e.target_words <= most * longest]
+    examples = Examples(fitting, evals, examples.warm)
+    temperature = cfg.temperature
+    policy, copy = load_policy(source, mesh, device, cfg.recompute, temperature)
+
+    def self_check() -> float:
+        example = next((e for e in fitting if e.story), fitting[0])
+        prompt = data.encode_prompt(tokenizer, example.prompt, cfg.thinking)
+        anchor = data.check_anchor(tokenizer, example, cfg.thinking) if example.story else []
+        difference = check_policy(policy, copy, [*prompt, *anchor[:200], *prompt[:1]])
+        sampling = Sampling(temperature, 1.0, 0, 1.0, 8)  # log q is the model's own log-prob
+        try:
+            [r] = generate(copy, [prompt], [row_seed(cfg.seed, 0, "", 0)], sampling, -1)
+        except Exception as e:  # whatever a model's own code says of how it is decoded
+            raise ModelError(f"{source}: {type(copy).__name__} cannot be sampled from: {e}") from e
+        logp = model_logps(copy, prompt + r.ids, temperature)[0][-8:].sum().item()
+        if not abs(r.logq - logp) < (1e-2 if copy.dtype == torch.float32 else 1.0):
+            what = f"log-probs of {r.logq:.3f} in sampling and {logp:.3f} in training"
+            raise ModelError(f"{source}: {type(copy).__name__} gives a text {what}")
+        return difference
+
+    difference = max(on_all_ranks(self_check))
+    end = tokenizer.decode(data.turn_end(tokenizer, cfg.thinking)[-1:])
+    same = f"policy and sampler are the model (log-probs equal to {difference:.0e})"
+    checked = f"checked: {same}, it can be exported, turns end with {end}"
+    return Model(cfg, examples, tokenizer, policy, copy, checked)
+
+
 def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples) -> None:
     """A whole run, from an open process group to the report."""
     started = time.perf_counter()
     rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
+    source = find_model(cfg.model) if cfg.model else out / "start"
+    model = open_model(cfg, source, mesh, device, examples) if cfg.model else None
     with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
         stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
-        source = find_model(cfg.model) if cfg.model else out / "start"
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        policy, copy = load_policy(source, mesh, device, cfg.recompute)
-        cfg, fitting = fit(cfg, tokenizer, examples)
+        model = model or open_model(cfg, source, mesh, device, examples)
+        cfg, policy, copy = model.cfg, model.policy, model.copy
+        train_on, evals = model.examples.train, model.examples.evals
         if main:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-            n_long = len(examples.train) - len(fitting)
+            n_long = len(examples.train) - len(train_on)
+            left_out = len(examples.evals) - len(evals)
+            beyond = f" ({left_out} left out: beyond 3×, or the model)" if left_out else ""
             say(
                 out,
                 f"{cfg.preset}: {copy.num_parameters() / 1e6:,.1f}M parameters "
-                f"on {mesh.size()} × {where}\n{kernels(copy)}\n"
-                f"{len(fitting)} prompts ({n_long} too long), {len(examples.evals)} for validation"
+                f"on {mesh.size()} × {where}\n{kernels(copy)}\n{model.checked}\n"
+                f"{len(train_on)} prompts ({n_long} too long), {len(evals)} for validation{beyond}"
                 f"\nresponses of up to {cfg.reward.max_response} tokens; "
                 f"judge: {cfg.judge.model}\nwriting to {out}",
             )
-        parts = (tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
-        state = Run(cfg, out, mesh, device, *parts, judge, fitting, examples.evals)
+        parts = (model.tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
+        state = Run(cfg, out, mesh, device, *parts, judge, train_on, evals)
         train(state, examples.warm)
         set_phase("export")
         export(policy, source, out / "model", rank)
@@ -578,7 +651,7 @@ def main(argv: list[str]) -> int:
         mesh, device = setup(cfg)
         run(cfg, mesh, device, examples)
         return leave(0, out)
-    except (ConfigError, DataError, RecordError) as e:
+    except (ConfigError, DataError, ModelError, RecordError) as e:
         return leave(2, reason=str(e))
     except (ChatStop, Interrupted, TrainingStop, FloatingPointError) as e:
         statuses: dict[type, int] = {ChatStop: 3, Interrupted: 4}

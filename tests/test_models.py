@@ -16,6 +16,7 @@ from test_policy import updates_in_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polaris
+import policy as policy_file
 from policy import (
     accumulate,
     check_checkpoint,
@@ -53,7 +54,8 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4}
-LONG |= {"long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+LONG |= {"long_factor": [2.0] * 4}
+LONG = dict(rope_parameters=LONG, original_max_position_embeddings=64)
 
 # name: class, settings, and what is done to the checkpoint
 TRAINED = {
@@ -87,7 +89,89 @@ TRAINED = {
     "cohere": ("Cohere", dict(logit_scale=0.0625)),
     "cohere2, windows": ("Cohere2", WINDOW | dict(layer_types=MIXED, logit_scale=0.25)),
     "olmo3, windows": ("Olmo3", WINDOW | dict(layer_types=MIXED)),
-    "phi3, long RoPE not reached": ("Phi3", dict(sliding_window=None, rope_parameters=LONG)),
+    "phi3, long RoPE not reached": ("Phi3", dict(sliding_window=None) | LONG),
+}
+
+
+# name: class, settings, what is done to the checkpoint, and what the one line says
+def drop(*names):
+    return lambda path: rewrite(path, lambda t: [t.pop(name) for name in names])
+
+
+def put(**tensors):
+    return lambda path: rewrite(path, lambda t: t.update(tensors))
+
+
+def configured(**changes):
+    return lambda path: edit_config(path, **changes)
+
+
+def as_bin(path):
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def tie_on_top(path):
+    drop("lm_head.weight")(path)
+    edit_config(path, tie_word_embeddings=True)
+
+
+def no_template(path):
+    (path / "chat_template.jinja").unlink()
+
+
+def no_end(path):
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["eos_token"]
+    file.write_text(json.dumps(settings))
+    (path / "chat_template.jinja").write_text(
+        "{%- for m in messages %}{{ m.content }}\n{%- endfor %}"
+    )
+
+
+LAYER = "model.layers.1.mlp.down_proj.weight"
+REFUSED = {
+    "gpt2": ("GPT2", dict(n_embd=32, n_head=4, n_layer=2), None, "model.layers"),
+    "neox": ("GPTNeoX", {}, None, "model.layers"),
+    "mamba": ("Mamba", dict(state_size=4), None, "model.layers"),
+    "qwen3 moe": ("Qwen3Moe", MOE, None, "experts one by one"),
+    "mixtral": ("Mixtral", dict(num_local_experts=4), None, "experts one by one"),
+    "gemma2": ("Gemma2", dict(sliding_window=64), None, "caps its attention"),
+    "chunked": ("Llama", {}, configured(attention_chunk_size=8), "chunked_attention"),
+    "an unknown scale": ("Granite", dict(logits_scaling=2.0), "unscaled", "log-probs differ"),
+    "both tied": (
+        "Llama",
+        dict(tie_word_embeddings=True),
+        lambda path: put(**{"lm_head.weight": torch.ones(512, 32)})(path),
+        "are tied and differ",
+    ),
+    "missing": ("Llama", {}, drop(LAYER), LAYER),
+    "missing head": ("Llama", {}, drop("lm_head.weight"), "lm_head.weight"),
+    "mismatched": ("Llama", {}, put(**{LAYER: torch.ones(32, 47)}), f"{LAYER} is [32, 47]"),
+    "int8": ("Llama", {}, put(**{LAYER: torch.ones(32, 48).char()}), "is I8"),
+    "fp8": (
+        "Llama",
+        {},
+        configured(quantization_config={"quant_method": "fp8"}),
+        "quantised",
+    ),
+    "tie on the outer config": ("Qwen3_5", DELTA, tie_on_top, "say so in text_config"),
+    "bin only": ("Llama", {}, as_bin, "holds no .safetensors"),
+    "shard gone": ("Llama", {}, lambda path: next(path.glob("*-of-*")).unlink(), "not there"),
+    "adapter": (
+        "Llama",
+        {},
+        lambda path: (path / "adapter_config.json").write_text("{}"),
+        "adapter",
+    ),
+    "dynamic RoPE": ("Llama", dict(rope_parameters=DYNAMIC), None, "dynamic RoPE"),
+    "long RoPE reached": ("Phi3", LONG, None, "knows 64 positions"),
+    "too few positions": ("Llama", dict(max_position_embeddings=100), None, "knows 100 positions"),
+    "no template": ("Llama", {}, no_template, "no chat template"),
+    "no end of turn": ("Llama", {}, no_end, "ends a turn"),
+    "not a number": ("Llama", {}, put(**{LAYER: torch.full((32, 48), torch.nan)}), ""),
+    "encoder-decoder": ("T5", {}, None, "no causal language model"),
 }
 
 
@@ -112,6 +196,10 @@ def save(out: Path, tokenizer, family: str, settings: dict, name: str = "") -> P
             lm = hf.Qwen3_5ForConditionalGeneration(config)
     elif family == "Gemma3":
         lm = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**settings))
+    elif family == "T5":
+        lm = hf.T5ForConditionalGeneration(hf.T5Config(d_model=32, num_layers=1, vocab_size=512))
+    elif family == "GPT2":
+        lm = hf.GPT2LMHeadModel(hf.GPT2Config(**settings))
     else:
         lm = getattr(hf, f"{family}ForCausalLM")(getattr(hf, f"{family}Config")(**settings))
     with torch.no_grad():
@@ -137,7 +225,7 @@ def edit_config(path: Path, **changes) -> None:
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rank():
     polaris.join()
     yield polaris.setup(polaris.parse(["--device", "cpu"]))
@@ -226,3 +314,46 @@ def test_a_bias_column_a_scale_and_a_cap_are_summed_over_ranks(tokenizer, tmp_pa
         for key, gradient in wanted.items():
             step = (before[key] - weights[key]) / 1000
             assert (step - gradient).norm() <= 3e-5 * max(1, gradient.norm()), key
+
+
+def lines(examples) -> str:
+    keys = ("uid", "prompt", "target_words", "story")
+    return "".join(json.dumps({k: getattr(e, k) for k in keys}) + "\n" for e in examples)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exact_is_refused_in_one_line(
+    name, mini_model, tokenizer, tmp_path, capsys, monkeypatch
+):
+    family, settings, change, told = REFUSED[name]
+    if name == "tie on the outer config":
+        name = "image-text"
+    if name == "shard gone":
+        name = "sharded"
+    path = save(tmp_path / "model", tokenizer, family, settings, name)
+    if change == "unscaled":
+        monkeypatch.setattr(policy_file, "logit_options", lambda config: (1.0, 0.0))
+    elif change:
+        change(path)
+    (tmp_path / "d.jsonl").write_text(lines(mini_model[1][:8]))
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    argv = (
+        f"--preset mini --model {path} --data {tmp_path}/d.jsonl --out {tmp_path}/run --prompts 2"
+    )
+    argv += " --device cpu --warm-steps 0 --max-prompt 64 --max-response 64"
+    asked = []
+    monkeypatch.setattr(polaris, "start_stand_in", lambda: asked.append(1))
+    assert polaris.main(argv.split()) == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error and error.startswith("polaris: ") and "\n" not in error, error
+    assert sorted(tmp_path.rglob("*")) == before and not asked
+
+
+def test_a_real_model_needs_a_preset_and_a_temperature(tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text("{}")
+    argv = ["--model", str(tmp_path), "--data", f"{tmp_path}/d.jsonl"]
+    assert polaris.main(argv) == 2
+    assert "--preset paper" in capsys.readouterr().err
+    assert polaris.main(["--temperature", "0"]) == 2
+    assert "--temperature 0" in capsys.readouterr().err
