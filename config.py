@@ -219,8 +219,8 @@ def unflatten(values: dict[str, Any]) -> Config:
     return Config(**known, judge=judge, reward=reward)
 
 
-def parse(argv: list[str]) -> Config:
-    """Command line → Config: the preset's values, then what was given.
+def parse(argv: list[str], complete: bool = True) -> Config:
+    """Command line → Config: the preset's values, then what was given; checked if `complete`.
 
     Unknown options end the program with its usage; ConfigError for settings that cannot work.
     """
@@ -257,7 +257,8 @@ def parse(argv: list[str]) -> Config:
         )
     base = saved_values(given) if given.get("resume") else PRESETS[given.get("preset", "mini")]
     cfg = unflatten(base | given)
-    check(cfg)
+    if complete:
+        check(cfg)
     return cfg
 
 

@@ -34,6 +34,7 @@ Notably absent: a reference model and KL term, a value model, several updates a 
 rollouts, LoRA.
 """
 
+import argparse
 import json
 import math
 import os
@@ -57,9 +58,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import data
+import plan
 from chat import ChatStop
 from checkpoint import resume, save_before_stop, save_step
-from config import Config, ConfigError, flatten, parse
+from config import Config, ConfigError, flatten, parse, saved_values, unflatten
 from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
@@ -77,6 +79,7 @@ from policy import (
     copy_weights,
     export,
     load_policy,
+    load_weights,
     model_logps,
 )
 from ranks import from_rank_0, gather, join, on_all_ranks, only_writer, setup, stop_if_asked
@@ -92,7 +95,7 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import RecordError, append, fingerprint, sweep, write
+from rundir import RecordError, append, checkpoints, fault_of, fingerprint, sweep, write
 from watch import (
     Heartbeat,
     Interrupted,
@@ -627,6 +630,39 @@ def prepare(argv: list[str]) -> tuple[Config, Examples] | int:
         return 2
 
 
+def show_plan(argv: list[str]) -> int:
+    """What a run would hold, take and cost (plan.py), said once."""
+    try:
+        return plan.main(argv) if int(os.environ.get("RANK", 0)) == 0 else 0
+    except (ConfigError, OSError, ValueError) as e:
+        print(f"\npolaris: {e}", file=sys.stderr)
+        return 2
+
+
+def export_checkpoint(argv: list[str]) -> None:
+    """--export CHECKPOINT --out DIR: a checkpoint of a run as a model."""
+    parser = argparse.ArgumentParser(prog="polaris.py", allow_abbrev=False)
+    parser.add_argument("--export", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    folder = args.export.resolve()
+    out = folder.parents[1]  # RUN/checkpoints/step-000020
+    cfg = unflatten(saved_values({"out": str(out)}))
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out} exists: choose another")
+    if not folder.is_dir() or (fault := fault_of(folder, 0, 1)):
+        reason = fault if folder.is_dir() else "there is no such folder"
+        raise RecordError(f"--export {folder}: {reason}; {out} has {list(checkpoints(out))}")
+    mesh, device = setup(cfg)
+    source = find_model(cfg.model) if cfg.model else out / "start"
+    check_checkpoint(source, 0)
+    policy, _ = load_policy(source, mesh, device, cfg.recompute)
+    load_weights(policy, folder)
+    export(policy, source, args.out, mesh.get_rank())
+    if mesh.get_rank() == 0:
+        print(f"{args.out}: the model of {folder}")
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0 done; 2 settings or data; 3 the judge; 4 interrupted; 5 stopped by itself.
 
@@ -634,6 +670,8 @@ def main(argv: list[str]) -> int:
     """
     if argv[:1] == ["--status"]:
         return show_status(Path(*argv[1:2]))
+    if "--plan" in argv:
+        return show_plan(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     follow_launcher()
@@ -643,10 +681,13 @@ def main(argv: list[str]) -> int:
     try:
         # Rank 0 reads settings and data for all. What is wrong with them is said once, and before
         # any rank ends: torchrun kills the others as soon as one has failed.
-        plan = from_rank_0(prepare(argv) if rank == 0 else None)
-        if isinstance(plan, int):
-            return leave(plan)
-        cfg, examples = plan
+        if "--export" in argv:
+            export_checkpoint(argv)
+            return leave(0)
+        prepared = from_rank_0(prepare(argv) if rank == 0 else None)
+        if isinstance(prepared, int):
+            return leave(prepared)
+        cfg, examples = prepared
         out = cfg.out
         mesh, device = setup(cfg)
         run(cfg, mesh, device, examples)
