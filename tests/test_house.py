@@ -19,7 +19,7 @@ PROGRAMS, ROOMS, LEAVES = 2, 1, 0
 FLOORS = {
     **dict.fromkeys("polaris eval walkthrough bench corpus".split(), PROGRAMS),
     **dict.fromkeys("config data rollout rows judge policy plan evals mini".split(), ROOMS),
-    **dict.fromkeys("ranks watch log health rundir checkpoint".split(), ROOMS),
+    **dict.fromkeys("ranks watch log health rundir checkpoint start".split(), ROOMS),
     **dict.fromkeys("reward chat grpo decode".split(), LEAVES),
 }
 PIECES = {  # what README.md calls copyable: a piece, and all files that it takes
