@@ -57,6 +57,10 @@ T = TypeVar("T")
 Usage = tuple[int, int]  # tokens in, tokens out
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
 class ChatStop(RuntimeError):
     """No call can succeed: the server refuses the key or the model, or cannot be reached."""
 
@@ -354,7 +358,7 @@ class Chat:
             raise ChatStop(f"cache {self._cache} cannot be used ({error}): {mend}") from error
 
     def probe(
-        self, messages: list[dict], parse: Callable = str, say: Callable[[str], Any] = print
+        self, messages: list[dict], parse: Callable = str, say: Callable[[str], Any] = say
     ) -> Answer:
         """Ask before much depends on it: hardly any retries, a line for each wait; or ChatStop."""
         say(f"asking {self.model} at {self.url}, for up to {self._timeout:.0f} s")
@@ -396,7 +400,8 @@ class Chat:
             if not fault:
                 break
             now = time.monotonic()
-            wait = fault.wait + backoff * random.uniform(0.5, 1)
+            more = min(backoff, max(BACKOFF, fault.wait)) if fault.wait else backoff
+            wait = fault.wait + more * random.uniform(0.5, 1)
             if fault.kind == "busy":  # no call gives up while others are served
                 busy_since = max(min(busy_since, now), self._success)
                 if now + fault.wait - busy_since >= self._limits.patience:
@@ -591,11 +596,10 @@ class Chat:
         if 300 <= status < 400:
             place = self._said(headers.get("Location", "?"))
             reason = f"HTTP {status}: redirect to {place}; use that address as URL"
-        elif cause in ("", "extra"):
-            null = """'{"FIELD": null}' leaves a field of the request out"""
-            reason += f"; --{self.prefix}-extra {null}" * (status in (400, 422))
-        else:
+        elif cause not in ("", "extra"):
             reason += f"; see --{self.prefix}-{cause}"
+        if status in (400, 422):
+            reason += f"""; --{self.prefix}-extra '{{"FIELD": null}}' leaves a field out"""
         if not cause or (status in (400, 422) and self._success > 0):  # others were accepted
             return CallFailed("final", reason)
         self.stop(f"{self.model} at {self.url} refuses: {reason}")
@@ -642,7 +646,7 @@ class Chat:
     def _said(self, text: str) -> str:
         """What an error says, in one short line without secrets."""
         said = self._redact(_message(text))  # before it is cut: half a key is one, too
-        return re.sub(r"(?<=://)[^\s'\"/]*@", "***@", said)[:300]
+        return re.sub(r"(?<=://)\S*@", "***@", said)[:300]
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -667,7 +671,7 @@ def without_thinking(text: str) -> str:
 
 def _secrets(key: str | None) -> re.Pattern[str] | None:
     """Key and proxies' passwords in any escaping; fewer than 8 characters are no secret."""
-    proxies = [urlsplit(url).password for url in getproxies().values() if "@" in url]
+    proxies = re.findall(r"//[^:/]*:(\S+)@", " ".join(getproxies().values()))
     form = r"(?:{0}|\\{0}|\\u00{1:02x}|%{1:02x}|&#{1};|&#x{1:x};)"
     secrets = [secret for secret in (key, *proxies) if secret and len(secret) >= 8]
     spelt = ["".join(form.format(re.escape(c), ord(c)) for c in secret) for secret in secrets]
@@ -736,14 +740,15 @@ def stated_delay(text: str) -> float:
 
 _TEXT = re.compile(
     r"flagged|moderat|content.?(filter|polic|manag)|safety|recitation|prohibited|blocklist|spii"
-    r"|refusal|responsible.?ai|inappropriate|sensitive (?!to)|inspection|usage polic|invalid_prompt"
+    r"|refusal|responsible.?ai|inappropriate|sensitive (content|info|word|data|topic)|inspection"
+    r"|usage polic|invalid_prompt"
     r"|context.{0,9}(length|window|size|long)|too long|too many (input |prompt )?tokens"
-    r"|(input|prompt).{0,40}(too large|exceed)|string_above_max|reduce the length",
+    r"|(input|prompt).{0,40}(too large|exceed|must be)|string_above_max|reduce the length",
     re.I,
 )
 _ACCOUNT = re.compile(
-    r"(your|this|the) (account|organi[sz]ation|project|user|ip) (is|has|was|does)|billing|credit"
-    r"|balance|api.?key|permission|suspended|deactivated|region|country|location",
+    r"(your|this|the) (account|organi[sz]ation|project|user|ip) (is|has|was|does)|\b(billing|credit"
+    r"|balance|api.?key|permission|suspended|deactivated|region|country|location)",
     re.I,
 )
 _SPENT = re.compile(
@@ -784,7 +789,6 @@ def refused_because(status: int, text: str, fields: list[str]) -> str:
         return "text"
     if status == 403:
         return "key-env"
-    if _MODEL.search(words):
-        return "model"
-    named = any(re.search(rf"\b{re.escape(name)}\b", words) for name in fields)
-    return "extra" if named or _FIELD.search(words) else ""
+    if any(re.search(rf"\b{re.escape(name)}\b", words) for name in fields):
+        return "extra"
+    return "model" if _MODEL.search(words) else "extra" if _FIELD.search(words) else ""

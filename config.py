@@ -35,7 +35,7 @@ JUDGE_EXTRA = (
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run; those of `judge` and `reward` stand in chat.py and reward.py."""
+    """Every knob of a run; those of the judges and `reward` stand in chat.py and reward.py."""
 
     # run
     preset: str = knob(
@@ -124,6 +124,9 @@ class Config:
     eval_every: int = knob(20, "steps between validations; one before and one after are certain")
     eval_prompts: int = knob(40, "mini: prompts held out of --data, each used at 1×, 2×, 3× length")
 
+    # second judge
+    eval_judge: ChatOptions = ChatOptions(key_env="EVAL_JUDGE_API_KEY")
+
 
 # The groups of --help, each by its first field.
 GROUPS = {
@@ -136,6 +139,7 @@ GROUPS = {
     "lr": "update",
     "warm_steps": "supervised warm start",
     "eval_data": "validation",
+    "eval_judge": "second judge, which scores the validations too (none without its URL)",
 }
 
 MINI = dict(
@@ -196,15 +200,15 @@ class Option:
 
 
 def options() -> Iterator[Option]:
-    """All knobs, flat: those of `judge` as judge_url, …, those of `reward` by their own names."""
+    """All knobs, flat: of a judge as judge_url or eval_judge_url, …, of `reward` by their names."""
     group = ""
     for f in fields(Config):
         group = GROUPS.get(f.name, group)
-        if f.name == "judge":
+        if f.name in ("judge", "eval_judge"):
             for part in fields(ChatOptions):
                 default = getattr(f.default, part.name)
                 may_change = part.name not in ("model", "extra")  # which decide what it answers
-                name = f"judge_{part.name}"
+                name = f"{f.name}_{part.name}"
                 yield Option(name, default, group, part.metadata["help"], (), may_change)
         elif f.name == "reward":
             for part in fields(RewardConfig):
@@ -216,16 +220,20 @@ def options() -> Iterator[Option]:
 def flatten(cfg: Config) -> dict[str, Any]:
     """Option name → value, as in config.json."""
     flat = asdict(cfg)
-    judge = {f"judge_{name}": value for name, value in flat.pop("judge").items()}
-    return flat.pop("reward") | judge | flat
+    for judge in ("judge", "eval_judge"):
+        flat |= {f"{judge}_{name}": value for name, value in flat.pop(judge).items()}
+    return flat.pop("reward") | flat
 
 
 def unflatten(values: dict[str, Any]) -> Config:
     """The Config with these values under option names, and its defaults otherwise."""
     known = {o.name: values.get(o.name, o.default) for o in options()}
     reward = RewardConfig(**{f.name: known.pop(f.name) for f in fields(RewardConfig)})
-    judge = ChatOptions(**{f.name: known.pop(f"judge_{f.name}") for f in fields(ChatOptions)})
-    return Config(**known, judge=judge, reward=reward)
+    judges: dict[str, Any] = {
+        judge: ChatOptions(**{f.name: known.pop(f"{judge}_{f.name}") for f in fields(ChatOptions)})
+        for judge in ("judge", "eval_judge")
+    }
+    return Config(**known, **judges, reward=reward)
 
 
 def parse(argv: list[str], complete: bool = True) -> Config:
@@ -309,7 +317,8 @@ def check(cfg: Config) -> None:
             f"--tracker {cfg.tracker}: the package is not here; pip install {cfg.tracker}"
         )
     values = flatten(cfg)
-    at_least_1 = "prompts save_every keep micro_tokens warm_rows judge_concurrency eval_prompts"
+    at_least_1 = "prompts save_every keep micro_tokens warm_rows eval_prompts"
+    at_least_1 += " judge_concurrency eval_judge_concurrency"
     for o in options():
         value = values[o.name]
         if isinstance(value, int | float) and not value >= 0:  # NaN is not either
@@ -323,9 +332,10 @@ def check(cfg: Config) -> None:
     if cfg.temperature == 0:
         raise ConfigError("--temperature 0: greedy text has nothing to learn from; take 1")
     try:
-        _ = cfg.judge.extra_body
+        cfg.judge.check("judge")
+        cfg.eval_judge.check("eval-judge")
     except ValueError as e:
-        raise ConfigError(f"--judge-{e}") from None
+        raise ConfigError(str(e)) from None
     if cfg.group < (3 if cfg.anchor else 2):
         raise ConfigError(
             f"--group {cfg.group}: a group needs two rollouts for its statistics, "
@@ -341,6 +351,8 @@ def check(cfg: Config) -> None:
             "--data is missing: a JSONL of prompts and human stories. Make one from any anthology "
             "with `python data.py build BOOK.txt … --out train.jsonl`"
         )
+    if bool(cfg.eval_judge.url) != bool(cfg.eval_judge.model):
+        raise ConfigError("a second judge needs both --eval-judge-url and --eval-judge-model")
     if cfg.preset == "paper" and not cfg.judge.url:
         raise ConfigError(
             "--judge-url is missing: an OpenAI-style endpoint of the judge, with its key in the "

@@ -48,6 +48,7 @@ from chat import (
     add_options,
     clean,
     options_from,
+    say,
     without_thinking,
 )
 from reward import strip_length_sentence, unescape
@@ -587,9 +588,10 @@ class Judge(Chat):
         parse = functools.partial(parse_verdict, story=story, rubric=self.rubric)
         return self.request(messages, parse, key=key, repeat=repeat, into=_verdict)
 
-    def check(self, say: Callable[[str], Any] = print) -> None:
-        """Have the bundled story scored once; ChatStop if no verdict comes back."""
-        messages = self.rubric.messages(CHECK_PROMPT, CHECK_STORY, secrets.token_hex(8))
+    def check(self, say: Callable[[str], Any] = say, copies: int = 1) -> None:
+        """Have the bundled story scored, or copies of it; ChatStop if no verdict comes back."""
+        story = "\n\n".join([CHECK_STORY] * copies)
+        messages = self.rubric.messages(CHECK_PROMPT, story, secrets.token_hex(8))
         self.probe(messages, functools.partial(parse_verdict, story="", rubric=self.rubric), say)
 
 
@@ -705,10 +707,7 @@ def _drafts() -> dict[str, str]:
 def _check(judge: Judge, times: int) -> None:
     """Is the spread of one draft's scores small beside that between five drafts?"""
     judge.check()
-    long = "\n\n".join(f"{i}.\n\n{CHECK_STORY}" for i in range(1, 23))  # 4,000 words
-    verdict = judge.submit(CHECK_PROMPT.replace("190", "4,000"), long).result()
-    if verdict.score is None:
-        raise ChatStop(f"no verdict on 4,000 words: {verdict.error}")
+    judge.check(copies=22)  # 4,000 words: a server with a short context fails here
     drafts = _drafts()
     asked = [[judge.submit(CHECK_PROMPT, text) for _ in range(times)] for text in drafts.values()]
     print(f"{judge.model} at {judge.url}\n\n{'draft':30}{'mean':>7}{'spread':>8}   scores")

@@ -37,6 +37,7 @@ rollouts, LoRA.
 import argparse
 import math
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -63,7 +64,7 @@ from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
 from health import COLLAPSE
-from judge import Judge, Verdict
+from judge import Judge, Verdict, agreement, judges_part
 from log import Log, Stopwatch, say
 from policy import (
     ModelError,
@@ -89,8 +90,8 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import RecordError, append, checkpoints, fault_of
-from start import Examples, begin, find_model, load_examples, open_judge, open_model
+from rundir import RecordError, append, checkpoints, fault_of, mean, read_jsonl
+from start import Examples, begin, find_model, load_examples, open_judges, open_model
 from watch import (
     STATUS,
     Heartbeat,
@@ -245,6 +246,7 @@ class Run:
     judge: Judge
     train: list[Example]
     evals: list[Example]
+    eval_judge: Judge | None = None  # the second one, of validations
     decoders: Decoders = field(default_factory=Decoders)
     skipped: int = 0  # steps in a row whose gradient was not finite
 
@@ -288,13 +290,48 @@ def validate(run: Run, step: int, label: str) -> None:
         limit = factor * run.cfg.reward.max_response
         rows = generate_rows(run, 0, [(e, 0) for e in examples], [], limit)
         collect_verdicts(run, rows, limit)
+        second = second_opinion(run.eval_judge, run, rows) if run.eval_judge else {}
         if run.rank == 0:
             numbers = summary(rows)
             head = {"step": step, "label": label, "bucket": f"{factor}x"}
             reward = {"reward": numbers.pop("reward_mean")}
-            append(run.out / "evals.jsonl", head | reward | numbers)
+            append(run.out / "evals.jsonl", head | reward | numbers | second)
             for row in rows:
                 append(run.out / "eval_stories.jsonl", head | record(row))
+
+    if run.rank == 0 and run.eval_judge:
+        lines = read_jsonl(run.out / "evals.jsonl")[0]
+        judged = [line for line in lines if line.get("eval_judge_sq") is not None]
+        history = []
+        for at in dict.fromkeys(line["step"] for line in judged):
+            both = [line for line in judged if line["step"] == at]
+            first = statistics.fmean(line["judge_sq"] for line in both)
+            history.append((first, statistics.fmean(line["eval_judge_sq"] for line in both)))
+        if warning := judges_part(history):
+            say(run.out, f"warning (judges_part): {warning}")
+
+
+def second_opinion(judge: Judge, run: Run, rows: list[Row]) -> dict[str, float | None]:
+    """SQ of a validation's stories by both judges, where both have scored, and its correlation."""
+
+    def mine() -> dict[int, float | None]:
+        share = [i for i, row in enumerate(rows) if row.story.strip()]
+        asked = {
+            i: judge.submit(rows[i].example.prompt, rows[i].story)
+            for i in share[run.rank :: run.mesh.size()]
+        }
+        return {i: future.result().score for i, future in asked.items()}
+
+    pairs = [
+        (reward.sq, score)
+        for scores in on_all_ranks(mine)
+        for i, score in scores.items()
+        if score is not None and (reward := rows[i].reward)
+    ]
+    first = [sq for sq, _ in pairs]
+    second = [sq for _, sq in pairs]
+    numbers = {"judge_sq": mean(first), "eval_judge_sq": mean(second)}
+    return numbers | {"judges_agree": agreement(first, second)}
 
 
 def make_optimizer(policy: Policy, cfg: Config, lr: float) -> torch.optim.Optimizer:
@@ -408,7 +445,7 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
     out = Path(cfg.out)
     source = find_model(cfg.model) if cfg.model else out / "start"
     model = open_model(cfg, source, mesh, device, examples) if cfg.model else None
-    with open_judge(cfg, out) as judge, only_writer(out), ExitStack() as stack:
+    with open_judges(cfg, out) as (judge, second), only_writer(out), ExitStack() as stack:
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
         beat = Heartbeat(out, rank, mesh.size(), cfg.rank_patience, judge.stats)
         stack.enter_context(beat)
@@ -429,7 +466,7 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
                 f"judge: {cfg.judge.model}\nwriting to {out}",
             )
         parts = (model.tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
-        state = Run(cfg, out, mesh, device, *parts, judge, train_on, evals)
+        state = Run(cfg, out, mesh, device, *parts, judge, train_on, evals, second)
         train(state, examples.warm)
         set_phase("export")
         export(policy, source, out / "model", rank)

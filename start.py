@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,26 +78,31 @@ def load_examples(cfg: Config) -> Examples:
 
 
 @contextmanager
-def open_judge(cfg: Config, out: Path) -> Iterator[Judge]:
-    """This rank's judge client; the stand-in judge runs beside it where no other is named.
+def open_judges(cfg: Config, out: Path) -> Iterator[tuple[Judge, Judge | None]]:
+    """This rank's judge clients; the stand-in judge runs beside it where no other is named.
 
-    Makes `out` once the judge has answered. ChatStop, on all ranks, if it cannot be reached.
+    Makes `out` once the judges have answered. ChatStop, on all ranks, if one cannot be reached.
     """
     url, process = cfg.judge.url, None
     if not url and dist.get_rank() == 0:
         process, url = start_stand_in()
-    options = replace(cfg.judge, url=from_rank_0(url))
+    named = {"judge": replace(cfg.judge, url=from_rank_0(url))}
+    if cfg.eval_judge.url:
+        named["eval-judge"] = cfg.eval_judge
 
     def probe() -> None:  # one rank asks for all
-        if dist.get_rank() == 0:
-            with closing(options.open(Judge)) as judge:
+        for name, options in named.items() if dist.get_rank() == 0 else ():
+            with options.open(Judge, prefix=name) as judge:
                 judge.check()
 
     try:
         on_all_ranks(probe)
         out.mkdir(parents=True, exist_ok=True)
-        with closing(options.open(Judge, cache=out / "verdicts.sqlite")) as judge:
-            yield judge
+        with ExitStack() as stack:
+            kept = {"cache": out / "verdicts.sqlite"}
+            opened = [o.open(Judge, prefix=name, **kept) for name, o in named.items()]
+            judge, *second = [stack.enter_context(judge) for judge in opened]
+            yield judge, second[0] if second else None
     finally:
         if process and process.stdin:
             process.stdin.close()  # it ends with it, as it does when this process is killed

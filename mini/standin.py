@@ -271,20 +271,19 @@ def _minute(seconds: float) -> dict[str, Any]:
     return _error("Too many requests per minute.", status="RESOURCE_EXHAUSTED", details=[delay])
 
 
-_FLAGGED = {"reasons": ["violence"], "flagged_input": "...", "provider_name": "-"}
-_NO_FIELD = "Unsupported parameter: 'top_p'."
+_FLAGGED = {"reasons": ["violence"], "flagged_input": "..."}
 # What providers answer in place of a verdict.
 _REFUSALS = {
-    "moderation": (403, _error("It requires moderation.", code=403, metadata=_FLAGGED)),
-    "context": (400, _error("Too many tokens.", code="context_length_exceeded")),
-    "parameter": (400, _error(_NO_FIELD, param="top_p", code="unsupported_parameter")),
-    "quota": (429, _error("Check your plan.", code="insufficient_quota")),
+    "moderation": (403, _error("no", metadata=_FLAGGED)),
+    "context": (400, _error("no", code="context_length_exceeded")),
+    "parameter": (400, _error("Unsupported parameter.", param="top_p")),
+    "quota": (429, _error("no", code="insufficient_quota")),
     "minute": (429, _minute(0.5)),
-    "upstream": (200, _error("The provider died.", code=502)),
-    "choice": (200, {"choices": [_error("Slow down.", code=429)]}),
+    "upstream": (200, _error("died", code=502)),
+    "choice": (200, {"choices": [_error("slow down", code=429)]}),
 }
 _CHOICES: dict[str, Any] = {
-    "safety": {"finish_reason": "SAFETY", "message": {"role": "assistant", "content": None}},
+    "safety": {"finish_reason": "SAFETY", "message": {"content": None}},
     "refusal": {"finish_reason": "stop", "message": {"content": None, "refusal": "I cannot."}},
     "broken": {"finish_reason": "error", "message": {"content": ""}},
 }
@@ -391,9 +390,9 @@ class _Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
             prompt, story = read_messages(request["messages"])
         except (ValueError, LookupError, TypeError):
-            return self._refuse(400, "the body must be JSON with a list of messages")
+            return self._reply(400, _error("the body must be JSON with a list of messages"))
         if not self.path.endswith("/chat/completions"):
-            return self._refuse(404, f"POST to /v1/chat/completions, not {self.path}")
+            return self._reply(404, _error(f"POST to /v1/chat/completions, not {self.path}"))
         if wait := self.server.too_early():
             return self._reply(429, _minute(wait))
         digest = row_digest(prompt, story)
@@ -402,7 +401,7 @@ class _Handler(BaseHTTPRequestHandler):
         record = {"digest": digest, "attempt": attempt, "outcome": fault or "ok"}
         self.server.write_log(json.dumps(record | {"time": time.time()}) + "\n")
         if fault.isdigit():
-            return self._refuse(int(fault), f"{fault} on demand")
+            return self._reply(int(fault), _error(f"{fault} on demand"))
         if fault in _REFUSALS:
             return self._reply(*_REFUSALS[fault])
         if fault == "silent":
@@ -442,7 +441,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self.path.endswith("/models"):
-            return self._refuse(404, f"GET /v1/models, not {self.path}")
+            return self._reply(404, _error(f"GET /v1/models, not {self.path}"))
         return self._reply(200, {"object": "list", "data": [{"id": "offline", "object": "model"}]})
 
     def _slowly(self, text: str, kind: str, blanks: int = 0) -> None:
@@ -455,9 +454,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"\n")
             time.sleep(0.05)
         self.wfile.write(text.encode())
-
-    def _refuse(self, status: int, message: str) -> None:
-        self._reply(status, {"error": {"message": message}})
 
     def _reply(self, status: int, answer: Mapping[str, Any], reset: bool = False) -> None:
         data = json.dumps(answer).encode()
