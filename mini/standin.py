@@ -26,6 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 from judge import POSITIVE, RUBRIC
+from mini import formats
 from reward import strip_length_sentence
 
 # ---------------------------------------------------------------------------------------- measures
@@ -255,7 +256,7 @@ def offline_verdict(prompt: str, story: str) -> dict[str, dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------ server
 
-_FAULT_NAMES = "an HTTP status (429, 500, ...), reset, truncate or silent"
+_FAULT_NAMES = "an HTTP status (429, 500, ...), reset, truncate, silent, prose, half, array, empty"
 
 
 def row_digest(prompt: str, story: str) -> str:
@@ -283,7 +284,8 @@ def _parse_faults(spec: str) -> dict[str, float]:
     """'429:0.1,reset:0.05' -> {"429": 0.1, "reset": 0.05}"""
     faults = {}
     for item in filter(None, spec.split(",")):
-        match = re.fullmatch(r"([45]\d\d|reset|truncate|silent):([01]|[01]?\.\d+)", item.strip())
+        names = "|".join((r"[45]\d\d|reset|truncate|silent", *formats.SPOILS))
+        match = re.fullmatch(rf"({names}):([01]|[01]?\.\d+)", item.strip())
         if not match:
             form = f"write NAME:SHARE, as in 429:0.1,reset:0.05; NAME is {_FAULT_NAMES}"
             raise ValueError(f"fault {item!r}: {form}")
@@ -354,9 +356,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.rfile.read(1)  # returns when the client hangs up
             return None
-        content = json.dumps(offline_verdict(prompt, story), ensure_ascii=False)
-        if fault == "truncate":
-            content = content[: len(content) // 2]
+        known = formats.answer(story, measure) if not prompt else None  # a benchmark's question
+        content = known or json.dumps(offline_verdict(prompt, story), ensure_ascii=False)
+        content = formats.spoil(fault, content)
         read = len(body) // 4
         wrote = len(content) // 4
         usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}

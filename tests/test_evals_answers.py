@@ -1,4 +1,4 @@
-"""Parsers and formulas of the benchmarks against what the release returned, and where they depart."""
+"""Parsers and formulas of the benchmarks against what the release returned."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from chat import Unusable
 from evals import answers
-from evals.memorise import common_prefix, common_span, strip_thinking
+from evals.files import strip_thinking
+from evals.memorise import common_prefix, common_span
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_evals.json").read_text("utf-8"))
 EQBENCH = GOLDEN["eqbench"]
