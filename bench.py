@@ -390,7 +390,7 @@ def random_model(name, device):
 def by_us(decoders, model, prompt, rows, n):
     seeds = [rollout.row_seed(0, 0, "bench", k) for k in range(rows)]
     sampling = rollout.Sampling(max_new_tokens=n)
-    out = rollout.generate(model, [prompt] * rows, seeds, sampling, (), decoders=decoders)
+    out = rollout.generate(model, [prompt] * rows, seeds, sampling, -1, decoders=decoders)
     assert all(len(r.ids) == n for r in out)
 
 

@@ -23,7 +23,7 @@ from watch import Interrupted, TrainingStop, set_phase
 def save_step(
     policy: Policy, optimizer: torch.optim.Optimizer, out: Path, step: int, keep: int
 ) -> None:
-    """Checkpoint after `step`, unless it is there; only the newest `keep` stay.
+    """Checkpoint after `step`, unless it is there; the newest `keep` stay, and the best.
 
     A collective. TrainingStop, on all ranks and with nothing half-written left, where the disk has
     no room for it.
@@ -61,11 +61,26 @@ def save_step(
         if main:
             contents = {name: entry for part in parts for name, entry in part.items()}
             rundir.seal(temporary, folder, contents)
-            for old in list(checkpoints(out).values())[:-keep]:
-                rundir.remove(old)
+            best = best_step(out)
+            for old in list(checkpoints(out))[:-keep]:
+                if old != best:
+                    rundir.remove(checkpoints(out)[old])
 
     on_all_ranks(finish, interruptible=False)
     set_phase("checkpoint", checkpoint=step)
+
+
+def best_step(out: Path) -> int | None:
+    """The step whose checkpoint had the best mean reward in validation; None without any."""
+    path = out / "evals.jsonl"
+    rewards: dict[int, list[tuple[float, int]]] = {}
+    for line in rundir.read_jsonl(path)[0] if path.exists() else ():
+        if line["step"] in checkpoints(out) and line["reward"] is not None:
+            rewards.setdefault(line["step"], []).append((line["reward"], line["n"]))
+    means = {
+        s: sum(r * n for r, n in all_) / sum(n for _, n in all_) for s, all_ in rewards.items()
+    }
+    return max(means, key=lambda step: means[step], default=None)
 
 
 SPEED = 0.7e9  # bytes a second that a disk takes, to be safe

@@ -46,7 +46,9 @@ class Config:
     seed: int = knob(3479, "everything random derives from it")
     steps: int = knob(0, "training steps; 0: one epoch", may_change=True)
     save_every: int = knob(5, "steps between checkpoints", may_change=True)
-    keep: int = knob(2, "newest checkpoints to keep (at 9B, 108 GB each)", may_change=True)
+    keep: int = knob(
+        2, "newest checkpoints to keep, beside the best (at 9B, 108 GB each)", may_change=True
+    )
     device: str = knob(
         "auto",
         "auto: a GPU for each rank where there are enough, else the CPU",
@@ -87,7 +89,7 @@ class Config:
     )
 
     # rollouts
-    temperature: float = knob(1.0, "of sampling")
+    temperature: float = knob(1.0, "of sampling, and of what is trained")
     top_p: float = knob(0.95, "nucleus, inside the top k; 1: off")
     top_k: int = knob(20, "most likely tokens kept; 0: all")
     repetition_penalty: float = knob(1.10, "on tokens already in prompt or response; 1: off")
@@ -169,7 +171,16 @@ PRESETS = {"mini": MINI, "paper": {}}
 
 
 # What a run killed in its first seconds leaves: a new one may take its place.
-BEGUN = {"lock", "ranks", "status.json", "run.log", "start", ".start.tmp", "verdicts.sqlite"}
+BEGUN = {
+    "lock",
+    "ranks",
+    "bill.json",
+    "status.json",
+    "run.log",
+    "start",
+    ".start.tmp",
+    "verdicts.sqlite",
+}
 
 
 @dataclass(frozen=True)
@@ -225,8 +236,8 @@ def unflatten(values: dict[str, Any]) -> Config:
     return Config(**known, **judges, reward=reward)
 
 
-def parse(argv: list[str]) -> Config:
-    """Command line → Config: the preset's values, then what was given.
+def parse(argv: list[str], complete: bool = True) -> Config:
+    """Command line → Config: the preset's values, then what was given; checked if `complete`.
 
     Unknown options end the program with its usage; ConfigError for settings that cannot work.
     """
@@ -259,9 +270,15 @@ def parse(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     if "status" in given:
         parser.error("--status RUN stands alone")
+    if given.get("model") and not given.get("resume") and "preset" not in given:
+        raise ConfigError(
+            f"--model {given['model']}: name the preset, too: --preset paper for a real model "
+            "(the default, mini, has the learning rates and the judge of the miniature)"
+        )
     base = saved_values(given) if given.get("resume") else PRESETS[given.get("preset", "mini")]
     cfg = unflatten(base | given)
-    check(cfg)
+    if complete:
+        check(cfg)
     return cfg
 
 
@@ -312,6 +329,8 @@ def check(cfg: Config) -> None:
         Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty)
     except ValueError as e:
         raise ConfigError(f"sampling {e}") from None
+    if cfg.temperature == 0:
+        raise ConfigError("--temperature 0: greedy text has nothing to learn from; take 1")
     try:
         cfg.judge.check("judge")
         cfg.eval_judge.check("eval-judge")

@@ -160,6 +160,9 @@ def step_examples(examples: list[Example], seed: int, step: int, n: int) -> list
 
 def render_prompt(tokenizer: Any, prompt: str, thinking: bool) -> str:
     """The user's turn and the opening of the assistant's, as the model's template writes them."""
+    if not tokenizer.chat_template:
+        how = "take the instruction-tuned model, or set the tokenizer's chat_template"
+        raise DataError(f"the model's tokenizer has no chat template; {how}")
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -171,10 +174,38 @@ def encode_prompt(tokenizer: Any, prompt: str, thinking: bool) -> list[int]:
     return tokenizer.encode(render_prompt(tokenizer, prompt, thinking), add_special_tokens=False)
 
 
+def turn_end(tokenizer: Any, thinking: bool) -> list[int]:
+    """The tokens with which the template ends the assistant's turn; the last is a special one.
+
+    That is what generation stops at. It need not be the tokenizer's EOS, which is the answer only
+    where the template ends with no special token. DataError where there is neither.
+    """
+    said = "The end of a story."
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking)
+    _, found, tail = text.rpartition(said)
+    ids = tokenizer.encode(tail, add_special_tokens=False) if found else []
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    for n, token in enumerate(ids, 1):
+        if token in special:
+            return ids[:n]
+    if tokenizer.eos_token_id is None:
+        how = "set the tokenizer's eos_token, or end the assistant's turn with a special token"
+        raise DataError(f"neither the chat template nor the tokenizer ends a turn; {how}")
+    return [tokenizer.eos_token_id]
+
+
+def stop_tokens(tokenizer: Any, settings: Any, thinking: bool) -> set[int]:
+    """What ends a response: the template's token, the tokenizer's EOS, the generation settings'."""
+    also = settings.eos_token_id
+    ids = {turn_end(tokenizer, thinking)[-1], tokenizer.eos_token_id}
+    return {*ids, *(also if isinstance(also, list) else [also])} - {None}
+
+
 def encode_anchor(
     tokenizer: Any, example: Example, thinking: bool, max_response: int
 ) -> list[int] | None:
-    """Response tokens of the human story, EOS included; None when longer than max_response.
+    """Response tokens of the human story, end of turn included; None if longer than max_response.
 
     Some templates open the block in the generation prompt (Qwen3.5), others leave it to the model
     (Qwen3): what the prompt ends with decides, so that there is exactly one <think>. Prompt and
@@ -194,8 +225,20 @@ def encode_anchor(
     elif opened:
         what = "this model's template opens <think> even with enable_thinking=False"
         raise DataError(f"{what}; turn thinking on")
-    ids = tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = tokenizer.encode(response, add_special_tokens=False) + turn_end(tokenizer, thinking)
     return ids if len(ids) <= max_response else None
+
+
+def check_anchor(tokenizer: Any, example: Example, thinking: bool) -> list[int]:
+    """The anchor's tokens. DataError if they do not read as the story that they were made from."""
+    ids = encode_anchor(tokenizer, example, thinking, sys.maxsize) or []
+    text = tokenizer.decode(ids[: -len(turn_end(tokenizer, thinking))])
+    reasoning, story = split_response(text, thinking)
+    for got, wanted in ((story, example.story), (reasoning, example.reasoning if thinking else "")):
+        if got.split() != wanted.split():
+            what = f"the tokenizer gives {wanted.strip()!r:.60} back as {got!r:.60}"
+            raise DataError(f'example "{example.uid}": {what}; take a model that knows its letters')
+    return ids
 
 
 def split_response(text: str, thinking: bool) -> tuple[str, str]:

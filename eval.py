@@ -1,30 +1,37 @@
-"""Evaluation: stories from a model, their quality by requested length, the report of a run.
+"""Evaluation: what the paper measures, for any model or file of stories. docs/evaluation.md
 
     python eval.py story RUN/model "Write about a lantern. The story should be 60 words long."
-    python eval.py stories --model RUN/model --prompts test.jsonl --out stories.jsonl
-    python eval.py score stories.jsonl --judge-url https://HOST/v1 --judge-model NAME
+    python eval.py stories MODEL --prompts test.jsonl --out stories.jsonl
+    python eval.py score stories.jsonl --task quality --judge-url https://HOST/v1 --judge-model NAME
+    python eval.py length stories.jsonl
+    python eval.py elo one.jsonl other.jsonl --judge-url https://HOST/v1 --judge-model NAME
+    python eval.py memorise MODEL --data train.jsonl --control BASE
+    python eval.py compare stories.quality.json stories.length.json --published
+    python eval.py suite RUN
     python eval.py report RUN
 
-Quality is in points (SQ x 100). A story that the judge failed on is counted, never scored 0.
-One of no words is not sent: nothing is on the page, SQ = 0, as in training.
+A judgement that failed is counted, never a number. Means have 95% intervals over prompts. Nothing
+is paid twice: run a command again and it goes on. One without words has a quality of 0, unasked.
 
 Exit status: 0 done; 2 settings or input; 3 the judge failed, or judged under 95% of the
-stories; 4 interrupted, `stories` and `score` go on where they stopped.
+stories; 4 interrupted, it goes on where it stopped.
 """
 
 import argparse
 import sys
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from chat import ChatOptions, ChatStop, add_options, options_from
-from evals.length import BUCKETS, length_bucket, length_table
-from evals.report import report, show
-from judge import Judge
-from rundir import RecordError, read_jsonl, write_jsonl
+from evals import elo as rating
+from evals import files
+from evals.compare import compare
+from evals.judging import AnswerLog, Asker
+from evals.report import report
+from evals.score import length, result_path, run_tolerance, score
+from evals.storyfile import serve_stories
+from evals.tasks import TASKS, Task
+from reward import PUBLISHED
 
 SAMPLING = {  # the defaults of rollout.Sampling, and room for thinking and 12,000 words
     "temperature": 1.0,
@@ -33,110 +40,223 @@ SAMPLING = {  # the defaults of rollout.Sampling, and room for thinking and 12,0
     "repetition_penalty": 1.1,
     "max_new_tokens": 32768,
 }
+JUDGE = ChatOptions(key_env="JUDGE_API_KEY")
+
+# ------------------------------------------------------------------------------------------ judging
 
 
-def score(path: Path, client: Judge) -> list[dict]:
-    """Judge the stories of a file and print the length table (evals/length.py).
+def asker_of(args: argparse.Namespace, task: Task, log: Path) -> Asker:
+    options = options_from(vars(args), "judge")
+    if not args.dry_run and not (options.url and options.model):
+        raise ValueError(f"{args.command} needs --judge-url and --judge-model")
+    repeats = getattr(args, "repeats", 1)
+    if repeats < 1:
+        raise ValueError(f"--repeats {repeats}: at least one judgement is needed")
+    answers = AnswerLog(log)
+    return Asker(options, task.parameters, answers, repeats, task.answer_tokens)
 
-    Writes and returns its records with "sq", "length_ratio" and "verdict" added. RecordError
-    for a broken file. ChatStop when the judge cannot be used; its answers so far are cached.
-    """
-    records, partial = read_jsonl(path, "prompt target_words story words")
-    if not records or partial:
-        problem = "its last line is half-written" if partial else "it holds no story"
-        raise RecordError(f"{path}: {problem}; complete it with `python eval.py stories`")
-    if not all(record["target_words"] for record in records):
-        raise RecordError(f"{path}: target_words is 0; write the length that was asked for")
-    futures = [client.submit(r["prompt"], r["story"]) if r["words"] else None for r in records]
-    for record, future in zip(tqdm(records, unit="story"), futures, strict=True):
-        verdict = future.result() if future else None
-        record["sq"] = verdict.score if verdict else 0.0
-        record["length_ratio"] = record["words"] / record["target_words"]
-        record["verdict"] = asdict(verdict) if verdict else None
-    verdicts = path.with_suffix(".scores.jsonl")
-    write_jsonl(verdicts, records)
 
-    *buckets, everything = length_table(records)
-    inside = [(record, length_bucket(record["target_words"])) for record in records]
-    *columns, _ = length_table([r | {"bucket": BUCKETS[name][1]} for r, name in inside if name])
-    print(f"{'requested':>9} {'stories':>8} {'judged':>7} {'SQ':>6} {'length ratio':>13}")
-    for row in [*buckets, *columns, everything]:
-        sizes = f"{row['bucket']:>9} {row['n']:>8} {row['judged']:>7}"
-        print(f"{sizes} {show(row['sq'], 1, 100):>6} {show(row['length_ratio']):>13}")
-    print(f"slope {show(everything['slope'], 1, 100)} points per bucket\nverdicts: {verdicts}")
-    return records
+def task_of(args: argparse.Namespace, task: Task) -> Task:
+    """The task with the files of the command line in place of ours."""
+    template = files.read_template(args.judge_prompt) if args.judge_prompt else None
+    if task.name == "pairwise":
+        return task.with_files(template)
+    criteria = files.read_names(args.criteria) if args.criteria else ()
+    lower = files.read_names(args.lower_is_better) if args.lower_is_better else ()
+    weights = files.read_weights(args.weights) if args.weights else None
+    return task.with_files(template, criteria, lower, weights)
 
 
 def score_command(args: argparse.Namespace) -> int:
-    options = options_from(vars(args), "judge")
-    if not options.url or not options.model:
-        raise ValueError("score needs --judge-url and --judge-model")
+    task = task_of(args, TASKS[args.task])
     path = Path(args.stories)
-    with closing(options.open(Judge, cache=path.with_suffix(".judge.sqlite"))) as client:
-        records = score(path, client)
-    bill = client.stats()
-    judged = len([record for record in records if record["sq"] is not None])
-    print(f"judged {judged}/{len(records)}: {bill['calls']} calls, ${bill['dollars']:.2f}")
-    return 0 if judged >= 0.95 * len(records) else 3
+    asker = asker_of(args, task, result_path(path, "judge", ".jsonl"))
+    return score(path, task, asker, prompts=args.prompts, dry_run=args.dry_run)
 
 
-def write_command(args: argparse.Namespace) -> int:
-    # Here, not on top: it loads PyTorch, for which the other commands need not wait.
-    from evals.stories import Sampling, Writer, stories, story
+def elo_command(args: argparse.Namespace) -> int:
+    task = task_of(args, rating.PAIRWISE)
+    out = Path(args.out)
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: give a name that ends with .json")
+    asker = asker_of(args, task, out.with_suffix(".judge.jsonl"))
+    paths = [Path(path) for path in args.stories]
+    return rating.elo(paths, task, asker, out, chars=args.chars, dry_run=args.dry_run)
 
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def stories_command(args: argparse.Namespace) -> int:
+    from evals.stories import Sampling, Writer, stories
+
+    if not args.url and args.min_p:
+        raise ValueError("--min-p: rollout.py does not sample by it; only a server, with --url")
+    given = {name: x for name in SAMPLING if (x := getattr(args, name)) is not None}
+    sampling = {**SAMPLING, **given}
+    chosen = {"samples": args.samples, "domain": args.domain, "lang": args.lang}
+    if not args.url:
+        writer = Writer(args.model, args.thinking)
+        how = Sampling(**sampling)
+        written = stories(writer, args.prompts, args.out, how, args.seed, args.rows, **chosen)
+        if written:  # on rank 0
+            print(f"{len(written)} stories: {args.out}")
+        return 0
+    body = {name: sampling[name] for name in ("temperature", "top_p")}
+    body["max_tokens"] = sampling["max_new_tokens"]
+    # OpenAI's own servers refuse these, others know them: sent where they were asked for
+    body |= {name: given[name] for name in ("top_k", "repetition_penalty") if name in given}
+    body |= {"min_p": args.min_p} if args.min_p else {}
+    options = ChatOptions(args.url, args.model, args.key_env, args.extra, args.rows)
+    prompts = files.read_prompts(args.prompts, args.domain, args.lang)
+    return serve_stories(options, body, args.seed, prompts, args.out, args.samples)
+
+
+def story_command(args: argparse.Namespace) -> int:
+    from evals.stories import Sampling, Writer, story
+
+    given = {name: x for name in SAMPLING if (x := getattr(args, name)) is not None}
     writer = Writer(args.model, args.thinking)
-    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
-    if args.command == "story":
-        story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
-    else:
-        written = stories(writer, args.prompts, args.out, sampling, args.seed, args.rows)
-        print(f"{len(written)} stories: {args.out}")
+    sampling = Sampling(**{**SAMPLING, **given})
+    story(writer, args.prompt, sampling, args.seed, not args.hide_thinking)
     return 0
+
+
+def memorise_command(args: argparse.Namespace) -> int:
+    from evals.memorise import memorise
+
+    models = {"model": args.model} | ({"control": args.control} if args.control else {})
+    data = {"data": args.data} | ({"heldout": args.heldout} if args.heldout else {})
+    return memorise(models, data, Path(args.out), rows=args.rows, seed=args.seed)
+
+
+def suite_command(args: argparse.Namespace) -> int:
+    from evals.suite import suite
+
+    return suite(Path(args.run))
+
+
+def length_command(args: argparse.Namespace) -> int:
+    config = run_tolerance(Path(args.run)) if args.run else PUBLISHED
+    return length([Path(path) for path in args.stories], config)
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    how = "csv" if args.csv else "markdown" if args.markdown else ""
+    return compare(args.results, published=args.published, how=how, strict=args.strict)
+
+
+def report_command(args: argparse.Namespace) -> int:
+    print(report(args.run))
+    return 0
+
+
+# ------------------------------------------------------------------------------------- command line
+
+MODEL = "folder or name of a Hugging Face causal language model"
+STORIES = "JSONL of stories: ours, or any with a uid, a prompt and a story in each line"
 
 
 def command_line() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    model = "folder or name of a Hugging Face causal language model"
 
-    story = commands.add_parser("story", help="one story on the terminal, as it is generated")
-    add = story.add_argument
-    add("model", help=model)
-    add("prompt", help="what to write, with a sentence like: The story should be 900 words long.")
-    add("--hide-thinking", action="store_true", help="print the story only")
+    def command(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about)
+        added.set_defaults(function=run)
+        return added
 
-    stories = commands.add_parser("stories", help="one story per prompt; run again, it goes on")
+    story = command("story", story_command, "one story on the terminal, as it is generated")
+    story.add_argument("model", help=MODEL)
+    length_example = "The story should be 900 words long."
+    story.add_argument("prompt", help=f"what to write, with a sentence like: {length_example}")
+    story.add_argument("--hide-thinking", action="store_true", help="print the story only")
+
+    stories = command("stories", stories_command, "stories for a file of prompts; resumable")
     add = stories.add_argument
-    add("--model", required=True, help=model)
-    add("--prompts", required=True, help="JSONL as data.py writes it; stories may be missing")
+    add("model", help=f"{MODEL}; with --url its name at that server")
+    add("--prompts", required=True, help="ours, the authors', or a benchmark's own file")
     add("--out", required=True, help="JSONL of stories to write or complete")
-    add("--rows", type=int, default=16, help="stories written at a time [16]")
+    add("--samples", type=int, default=1, help="stories a prompt [1]")
+    add("--rows", type=int, default=16, help="stories written at a time, on each rank [16]")
+    add("--domain", default="", help="of WritingBench: its domain1; D4: Literature & Arts")
+    add("--lang", default="", help="of WritingBench: lines in this language")
+    add("--url", default="", help="OpenAI-style base URL of a server that writes")
+    add("--key-env", default="WRITER_API_KEY", help="environment variable of its key")
+    add("--extra", default="{}", help="JSON object added to every request to it")
+    add("--min-p", type=float, default=0.0, help="least share of the likeliest; with --url")
+    _writing_options(story)
+    _writing_options(stories)
 
-    derived = "[as the run trained it, else as the chat template allows]"
-    for command in (story, stories):
-        add = command.add_argument
-        add("--thinking", action=argparse.BooleanOptionalAction, help=derived)
-        for name, default in {"seed": 3479, **SAMPLING}.items():
-            flag = "--" + name.replace("_", "-")
-            add(flag, type=type(default), default=default, help=f"[{default}]")
+    scores = command("score", score_command, "judge the stories of one model")
+    add = scores.add_argument
+    add("stories", help=STORIES)
+    add("--task", choices=TASKS, default="quality", help="[quality]")
+    add("--prompts", default="", help="their prompts, where the stories do not hold them")
+    add("--repeats", type=int, default=1, help="judgements of each story [1]")
+    add("--criteria", default="", help="file of criteria, one a line, in place of ours")
+    add("--lower-is-better", default="", help="file of those where 0 is best")
+    add("--weights", default="", help="JSON of {lower-case name: weight}")
+    _judging_options(scores)
 
-    scores = commands.add_parser("score", help="Story Quality and length by requested length")
-    scores.add_argument("stories", help="JSONL that `stories` wrote")
-    add_options(scores, "judge", ChatOptions(key_env="JUDGE_API_KEY"))
+    lengths = command("length", length_command, "length ratio, error, tolerance, cut-off share")
+    lengths.add_argument("stories", nargs="+", help=STORIES)
+    lengths.add_argument("--run", default="", help="run whose tolerance counts [the published one]")
 
-    page = commands.add_parser("report", help="one self-contained HTML page of a training run")
+    pairs = command("elo", elo_command, "ratings from pairwise comparisons, both orders")
+    add = pairs.add_argument
+    add("stories", nargs="+", help=STORIES)
+    add("--out", default="elo.json", help="result to write [elo.json]")
+    add("--chars", type=int, default=0, help="cut both texts here (EQ-Bench: 4000) [whole]")
+    _judging_options(pairs)
+
+    audit = command("memorise", memorise_command, "does a model repeat its training stories?")
+    add = audit.add_argument
+    add("model", help=MODEL)
+    add("--data", required=True, help="JSONL that it was trained on")
+    add("--control", default="", help="the model before training")
+    add("--heldout", default="", help="JSONL of stories that it never saw")
+    add("--out", default="memorise.json", help="result to write [memorise.json]")
+    add("--rows", type=int, default=100, help="rows drawn of each file [100]")
+    add("--seed", type=int, default=3479, help="[3479]")
+
+    table = command("compare", compare_command, "results side by side, with paired differences")
+    add = table.add_argument
+    add("results", nargs="*", help="JSON that score, length or elo wrote")
+    add("--published", action="store_true", help="the paper's rows too, and their arithmetic")
+    add("--strict", action="store_true", help="refuse mixed judges, prompts or stories")
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+
+    whole = command("suite", suite_command, "everything for a miniature, on the stand-in judge")
+    whole.add_argument("run", help="folder of a finished miniature")
+    page = command("report", report_command, "one self-contained HTML page of a training run")
     page.add_argument("run", help="folder that polaris.py wrote")
     return parser
+
+
+def _writing_options(parser: argparse.ArgumentParser) -> None:
+    derived = "[as the run trained it, else as the chat template allows]"
+    add = parser.add_argument
+    add("--thinking", action=argparse.BooleanOptionalAction, help=derived)
+    add("--seed", type=int, default=3479, help="[3479]")
+    for name, default in SAMPLING.items():
+        add(f"--{name.replace('_', '-')}", type=type(default), help=f"[{default}]")
+
+
+def _judging_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--judge-prompt", default="", help="another's judge prompt, e.g. the official file")
+    add("--dry-run", action="store_true", help="print calls, tokens and dollars; ask nothing")
+    add_options(parser, "judge", JUDGE)
 
 
 def main(argv: list[str]) -> int:
     args = command_line().parse_args(argv)
     try:
-        if args.command == "report":
-            print(report(args.run))
-            return 0
-        return score_command(args) if args.command == "score" else write_command(args)
+        return args.function(args)
     except (ValueError, OSError, FloatingPointError, ChatStop) as error:
         # what the caller can mend, in one line; all else shows its traceback
         print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)

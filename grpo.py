@@ -19,6 +19,8 @@ Log-probs, for a hidden state h [H], the head W [V, H], a target y and the tempe
     d loss / d (W h) = g = c/T (onehot(y) - p), with c = d loss / d logp
     d loss / d h = W' g;   d loss / d W = g h', summed over tokens
 
+A soft cap c as in Gemma: z = c tanh(W h / c) / T, and g is multiplied by 1 - tanh^2.
+
 Each needs one row of logits and no other, so only a chunk of n rows ever exists. For N tokens, with
 GEMMs of 2 N H V flops:
 
@@ -36,7 +38,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -170,6 +171,7 @@ def token_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     backend: str = "auto",
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] of `targets` [N] under softmax(hidden [N, H] @ weight [V, H]' / temperature).
 
@@ -178,17 +180,21 @@ def token_logprobs(
     Returns (log-probs, entropies) [N] in nats, fp32 (fp64 for fp64 inputs). The log-probs can be
     differentiated once, in hidden and weight; the entropies are metrics. Backends: "naive" (the
     definition, holds [N, V]), "chunked" (any device), "triton" (GPU), "auto" (the best that runs).
-    Under FSDP2 call it inside the forward of the module that owns `weight`. ValueError for shapes,
-    dtypes or backends that do not fit.
+    Under FSDP2 call it inside the forward of the module that owns `weight`. `softcap`: 0 is none;
+    with one, "triton" is "chunked". ValueError for shapes, dtypes, targets or backends that do not
+    fit; RuntimeError for a second derivative, except of "naive".
     """
-    backend = _backend(hidden, weight, targets, backend)
+    backend = _backend(hidden, weight, targets, temperature, backend, softcap)
     if backend == "naive":
         acc = torch.promote_types(hidden.dtype, torch.float32)
-        logits = hidden.to(acc) @ weight.to(acc).T / temperature  # [N, V]
+        logits = hidden.to(acc) @ weight.to(acc).T  # [N, V]
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature
         logps = logits.log_softmax(1)
         entropy = -(logps.exp() * logps).sum(1).detach()  # [N]
         return logps.gather(1, targets[:, None]).squeeze(1), entropy
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, backend)
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, backend, softcap)
 
 
 def onpolicy_loss(
@@ -198,32 +204,54 @@ def onpolicy_loss(
     coef: Tensor,
     temperature: float = 1.0,
     backend: str = "auto",
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum(coef * logp), logp [N], entropy [N]): loss and gradients from one sweep over the logits.
 
     `coef` [N] is -A / n_tokens in on-policy GRPO; nothing flows into it. Only the loss has a
     gradient. All else as in `token_logprobs`.
     """
-    backend = _backend(hidden, weight, targets, backend)
+    backend = _backend(hidden, weight, targets, temperature, backend, softcap)
     if coef.shape != targets.shape:
         raise ValueError(f"coef must be [N] like targets, {len(targets)}, got {tuple(coef.shape)}")
     if backend == "naive":
-        logp, entropy = token_logprobs(hidden, weight, targets, temperature, backend)
+        logp, entropy = token_logprobs(hidden, weight, targets, temperature, backend, softcap)
         return (coef.detach() * logp).sum(), logp.detach(), entropy
     need = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    return _OnPolicyLoss.apply(hidden, weight, targets, coef, temperature, backend, need)
+    options = temperature, backend, softcap
+    return _OnPolicyLoss.apply(hidden, weight, targets, coef, *options, need)
 
 
-def _backend(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> str:
+def _backend(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    backend: str,
+    softcap: float,
+) -> str:
+    """The backend that runs, once all arguments are known to fit."""
+    for name, value in {"temperature": temperature, "softcap": softcap}.items():
+        if isinstance(value, Tensor) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a plain number, nothing flows into it: got {value!r}")
+    if temperature == 0:
+        raise ValueError("temperature 0 has no log-probs: it must be above 0")
     n, h = hidden.shape[:1], hidden.shape[1:]
     if hidden.dim() != 2 or weight.shape[1:] != h or targets.shape != n:
         shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
         raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] are needed, got {shapes}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 token ids, got {targets.dtype}")
+    if len(targets) and not 0 <= (low := int(targets.min())) <= int(targets.max()) < len(weight):
+        what = f"targets must be in [0, {len(weight)}), got {low} to {int(targets.max())}"
+        raise ValueError(f"{what}; leave ignored positions (-100) out before the call")
     dtypes = {hidden.dtype, weight.dtype}
     if dtypes not in ({torch.bfloat16}, {torch.float32}, {torch.float64}):
         raise ValueError(f"hidden and weight must share bf16, fp32 or fp64, got {dtypes}")
     if backend not in ("auto", "naive", "chunked", "triton"):
         raise ValueError(f'backend is "auto", "naive", "chunked" or "triton", got {backend!r}')
+    if softcap and backend != "naive":
+        return "chunked"
     fits = triton is not None and hidden.dtype != torch.float64
     if backend == "auto":
         return "triton" if fits and hidden.is_cuda else "chunked"
@@ -235,40 +263,47 @@ def _backend(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> s
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, backend):
-        logp, entropy, lse, _, _ = _sweep(hidden, weight, targets, temperature, backend)
+    def forward(ctx, hidden, weight, targets, *options):
+        logp, entropy, lse, _, _ = _sweep(hidden, weight, targets, *options)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.options = temperature, backend
+        ctx.options = options
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logp, _):
+        _refuse_second_derivative()
         *inputs, lse = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
         *_, dh, dw = _sweep(*inputs, *ctx.options, grad_logp, lse, need)
-        return dh, dw, None, None, None
+        return dh, dw, None, None, None, None
 
 
 class _OnPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, coef, temperature, backend, need):
+    def forward(ctx, hidden, weight, targets, coef, temperature, backend, softcap, need):
         coef = coef.to(torch.promote_types(hidden.dtype, torch.float32))
-        inputs = hidden, weight, targets, temperature, backend
+        inputs = hidden, weight, targets, temperature, backend, softcap
         logp, entropy, _, *grads = _sweep(*inputs, coef, need=need)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp, entropy)
         return (coef * logp).sum(), logp, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_):
+        _refuse_second_derivative()
         dh, dw = (None if g is None else g * grad_loss for g in ctx.saved_tensors)
-        return dh, dw, None, None, None, None, None
+        return dh, dw, None, None, None, None, None, None
 
 
-def _sweep(hidden, weight, targets, temperature, backend, coef=None, lse=None, need=(False, False)):
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True: the result would be a constant
+        raise RuntimeError('differentiable once only: use backend="naive" with create_graph=True')
+
+
+def _sweep(
+    hidden, weight, targets, temperature, backend, softcap, coef=None, lse=None, need=(False, False)
+):
     """The loop over chunks of rows -> logp, entropy, lse [N], d hidden [N, H], d weight [V, H].
 
     logp and entropy are None when `lse` is passed in. The gradients are those of sum(coef * logp),
@@ -300,11 +335,18 @@ def _sweep(hidden, weight, targets, temperature, backend, coef=None, lse=None, n
         if len(rows) == 0:
             continue
         h, y = hidden[rows], targets[rows]  # [n, H], [n]
-        logits = _addmm(buffer[: len(rows)], h, weight.T, beta=0, alpha=1 / temperature)
+        alpha = 1 / (softcap or temperature)
+        logits = _addmm(buffer[: len(rows)], h, weight.T, beta=0, alpha=alpha)
+        if softcap:
+            logits.tanh_()
+            slope = 1 - logits.square() if has_gradient else None  # [n, V]
+            logits.mul_(softcap / temperature)
         if forward:
             logp[rows], entropy[rows], lse[rows] = statistics(logits, y)
         if has_gradient:
             g = gradient(logits, y, lse[rows], coef[rows] / temperature, hidden.dtype)  # [n, V]
+            if softcap:
+                g = g.mul_(slope)
             if need[0]:
                 dh[rows] = (g @ weight).to(dtype)
             if need[1]:
@@ -373,8 +415,7 @@ if triton is not None:
             total = total * tl.exp(shift) + tl.sum(e, 0)
             top = new_top
         y = tl.load(targets + row)
-        known = (y >= 0) & (y < V)  # any other target gives NaN
-        z_y = tl.load(logits + row * V + y, mask=known, other=float("nan"))
+        z_y = tl.load(logits + row * V + y)
         log_total = tl.log(total)
         tl.store(out + row, z_y - top - log_total)
         tl.store(out + n + row, log_total - moment / total)  # lse - mean of z, both less top

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from config import Config, flatten
 from health import warnings
 from rows import Row, record
-from rundir import append, last_line, read_jsonl
-from watch import set_phase
+from rundir import append, read_jsonl
+from watch import read_json, set_phase
 
 
 class Stopwatch:
@@ -47,9 +47,7 @@ class Log:
     def __init__(self, out: Path, cfg: Config, steps: int, done: int):
         self.out = out
         self.steps = steps
-        # Spent on the judge before an interruption: the newest line's running totals.
-        last = last_line(out / "metrics.jsonl")
-        self.spent = last["judge"] if last else {}
+        self.spent = read_json(out / "bill.json")  # on the judge, before this start
         self.track = open_tracker(cfg, out)
         self.metrics = read_jsonl(out / "metrics.jsonl")[0] if done else []
         self.warned = {name for line in self.metrics for name in line.get("warnings", {})}

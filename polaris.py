@@ -34,16 +34,15 @@ Notably absent: a reference model and KL term, a value model, several updates a 
 rollouts, LoRA.
 """
 
-import json
+import argparse
 import math
 import os
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -51,24 +50,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download  # comes with transformers
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import data
+import plan
 from chat import ChatStop
 from checkpoint import resume, save_before_stop, save_step
-from config import Config, ConfigError, flatten, parse
+from config import Config, ConfigError, parse, saved_values, unflatten
 from data import DataError, Example
 from evals.report import print_summary, report
 from grpo import anchor_weight
 from health import COLLAPSE
-from judge import Judge, Verdict, agreement, judges_part, start_stand_in
+from judge import Judge, Verdict, agreement, judges_part
 from log import Log, Stopwatch, say
-from mini import world
-from policy import Policy, accumulate, apply, copy_weights, export, load_policy
+from policy import (
+    ModelError,
+    Policy,
+    accumulate,
+    apply,
+    check_checkpoint,
+    copy_weights,
+    export,
+    load_policy,
+    load_weights,
+)
 from ranks import from_rank_0, gather, join, on_all_ranks, only_writer, setup, stop_if_asked
 from rollout import Decoders, Rollout, Sampling, generate, kernels, row_seed
 from rows import (
@@ -82,8 +90,10 @@ from rows import (
     step_metrics,
     summary,
 )
-from rundir import RecordError, append, fingerprint, mean, read_jsonl, sweep, write
+from rundir import RecordError, append, checkpoints, fault_of, mean, read_jsonl
+from start import Examples, begin, find_model, load_examples, open_judges, open_model
 from watch import (
+    STATUS,
     Heartbeat,
     Interrupted,
     TrainingStop,
@@ -118,7 +128,7 @@ def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
     n_tokens = sum(len(row.response_ids) for row in rows)
 
     # The groups that ended first are trained on first, while the judge still reads the others.
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # [3] loss, log-prob, entropy
+    sums = torch.zeros(5, dtype=torch.float64, device=run.device)  # [5], see `accumulate`
     for part in halves(rows):
         with watch("judge_wait"):
             collect_verdicts(run, part, limit)
@@ -130,7 +140,9 @@ def train_step(run: "Run", step: int) -> tuple[dict[str, Any], list[Row]]:
         with watch("update"):
             ids = [(row.prompt_ids, row.response_ids) for row in part]
             advantages = [row.advantage for row in part]
-            sums += accumulate(run.policy, ids, advantages, n_tokens, run.mesh, cfg.micro_tokens)
+            logq = [row.logq for row in part]
+            share = (n_tokens, run.mesh, cfg.micro_tokens)
+            sums += accumulate(run.policy, ids, advantages, *share, logq)
     stop_if_too_many_failed(run, step, rows)
     with watch("update"):
         update = apply(run.policy, run.optimizer, sums, n_tokens, cfg.grad_clip)
@@ -171,7 +183,7 @@ def generate_rows(
         with run.bar(len(mine), "  generating (rank 0)") as bar:
             generate(
                 run.copy, prompts, seeds, sampling, run.eos,
-                max_rows=most, on_finish=on_finish, decoders=run.decoders,
+                vocab=run.vocab, max_rows=most, on_finish=on_finish, decoders=run.decoders,
             )  # fmt: skip
         return [rows[i] for i in range(len(mine))]
 
@@ -234,8 +246,8 @@ class Run:
     judge: Judge
     train: list[Example]
     evals: list[Example]
-    decoders: Decoders = field(default_factory=Decoders)
     eval_judge: Judge | None = None  # the second one, of validations
+    decoders: Decoders = field(default_factory=Decoders)
     skipped: int = 0  # steps in a row whose gradient was not finite
 
     @property
@@ -244,9 +256,13 @@ class Run:
 
     @property
     def eos(self) -> set[int]:
-        """Tokens that end a response: the tokenizer's EOS, and those of the generation settings."""
-        also = self.copy.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also or [])}
+        """Tokens that end a response: the template's, the tokenizer's, the generation settings'."""
+        return data.stop_tokens(self.tokenizer, self.copy.generation_config, self.cfg.thinking)
+
+    @property
+    def vocab(self) -> int:
+        """Ids from here on are none of the tokenizer's: they pad the model's head."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def save(self, step: int) -> None:
         save_step(self.policy, self.optimizer, self.out, step, self.cfg.keep)
@@ -284,17 +300,13 @@ def validate(run: Run, step: int, label: str) -> None:
                 append(run.out / "eval_stories.jsonl", head | record(row))
 
     if run.rank == 0 and run.eval_judge:
-        by_step: dict[int, list[dict]] = {}
-        for line in read_jsonl(run.out / "evals.jsonl")[0]:
-            if line.get("eval_judge_sq") is not None:
-                by_step.setdefault(line["step"], []).append(line)
-        history = [
-            (
-                statistics.fmean(line["judge_sq"] for line in lines),
-                statistics.fmean(line["eval_judge_sq"] for line in lines),
-            )
-            for lines in by_step.values()
-        ]
+        lines = read_jsonl(run.out / "evals.jsonl")[0]
+        judged = [line for line in lines if line.get("eval_judge_sq") is not None]
+        history = []
+        for at in dict.fromkeys(line["step"] for line in judged):
+            both = [line for line in judged if line["step"] == at]
+            first = statistics.fmean(line["judge_sq"] for line in both)
+            history.append((first, statistics.fmean(line["eval_judge_sq"] for line in both)))
         if warning := judges_part(history):
             say(run.out, f"warning (judges_part): {warning}")
 
@@ -405,11 +417,13 @@ def record_step(
     """Records of a step, on rank 0; its new warnings, on all. TrainingStop after three bad ones."""
     stats = gather(run.judge.stats())
     warned = from_rank_0(log.step(metrics, rows, stats) if log else None)
+    if warned:
+        set_phase("records", warnings=STATUS.get("warnings", {}) | warned)
     run.skipped = run.skipped + 1 if metrics["skipped"] else 0
     if run.rank == 0 and metrics["skipped"]:
+        step = {"step": metrics["step"]}
         ids = [{"prompt_ids": row.prompt_ids, "response_ids": row.response_ids} for row in rows]
-        kept = [{"step": metrics["step"], **line} for line in ids]
-        append(run.out / "skipped.jsonl", *kept)
+        append(run.out / "skipped.jsonl", *[step | line for line in ids])
     if run.skipped == 3:
         raise TrainingStop(
             "the gradient was not finite in three steps in a row: a weight or a reward is broken. "
@@ -424,107 +438,35 @@ def record_step(
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Examples:
-    train: list[Example]
-    evals: list[Example]
-    warm: list[Example]  # of the supervised warm start
-
-
-def load_examples(cfg: Config) -> Examples:
-    """What a run reads, or makes for the miniature. Raises DataError; writes nothing."""
-    evals = data.load(cfg.eval_data, anchors=False) if cfg.eval_data else []
-    if cfg.model:
-        train = data.load(cfg.data, anchors=cfg.anchor, thinking=cfg.thinking)
-        return Examples(train, evals, train if cfg.warm_steps else [])
-    if cfg.data:
-        train = data.load(cfg.data, thinking=cfg.thinking)
-    else:
-        train = world.fables(1000, cfg.seed)
-    if not evals:
-        n_evals = max(1, min(cfg.eval_prompts, len(train) // 5))
-        if len(train) - n_evals < cfg.prompts:
-            raise ConfigError(
-                f"--data {cfg.data}: of {len(train)} stories {n_evals} are held out; the rest is "
-                f"too few for {cfg.prompts} prompts a step: give more stories (`data.py build` "
-                "with more books or a wider window of --min-words to --max-words) or a smaller "
-                "--prompts"
-            )
-        held_out = data.step_examples(train, cfg.seed, 1, n_evals)
-        train = [e for e in train if e not in held_out]
-        evals = world.stretch(held_out, max(e.target_words for e in train))
-    return Examples(train, evals, world.mislead(train, cfg.seed) if cfg.warm_steps else [])
-
-
-@contextmanager
-def open_judges(cfg: Config, out: Path) -> Iterator[tuple[Judge, Judge | None]]:
-    """This rank's judge clients; the stand-in judge runs beside it where no other is named.
-
-    Makes `out` once the judges have answered. ChatStop, on all ranks, if one cannot be reached.
-    """
-    url, process = cfg.judge.url, None
-    if not url and dist.get_rank() == 0:
-        process, url = start_stand_in()
-    named = {"judge": replace(cfg.judge, url=from_rank_0(url))}
-    if cfg.eval_judge.url:
-        named["eval-judge"] = cfg.eval_judge
-
-    def probe() -> None:  # one rank asks for all
-        for name, options in named.items() if dist.get_rank() == 0 else ():
-            with options.open(Judge, prefix=name) as judge:
-                judge.check()
-
-    try:
-        on_all_ranks(probe)
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            kept = {"cache": out / "verdicts.sqlite"}
-            opened = [o.open(Judge, prefix=name, **kept) for name, o in named.items()]
-            judge, *second = [stack.enter_context(judge) for judge in opened]
-            yield judge, second[0] if second else None
-    finally:
-        if process and process.stdin:
-            process.stdin.close()  # it ends with it, as it does when this process is killed
-            process.wait()
-
-
-def find_model(name: str) -> Path:
-    """A local directory, or a snapshot from the Hugging Face Hub, fetched once per machine."""
-    if Path(name).is_dir():
-        return Path(name)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"])
-    dist.barrier()
-    return Path(snapshot_download(name, local_files_only=True))
-
-
 def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples) -> None:
     """A whole run, from an open process group to the report."""
     started = time.perf_counter()
     rank, main = mesh.get_rank(), mesh.get_rank() == 0
     out = Path(cfg.out)
-    with open_judges(cfg, out) as judges, only_writer(out), ExitStack() as stack:
-        stack.enter_context(Heartbeat(out, rank, mesh.size(), cfg.rank_patience))
+    source = find_model(cfg.model) if cfg.model else out / "start"
+    model = open_model(cfg, source, mesh, device, examples) if cfg.model else None
+    with open_judges(cfg, out) as (judge, second), only_writer(out), ExitStack() as stack:
         on_all_ranks(lambda: begin(cfg, out, examples) if main else None)
-        source = find_model(cfg.model) if cfg.model else out / "start"
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        policy, copy = load_policy(source, mesh, device, cfg.recompute)
-        cfg, fitting = fit(cfg, tokenizer, examples)
+        beat = Heartbeat(out, rank, mesh.size(), cfg.rank_patience, judge.stats)
+        stack.enter_context(beat)
+        model = model or open_model(cfg, source, mesh, device, examples)
+        cfg, policy, copy = model.cfg, model.policy, model.copy
+        train_on, evals = model.examples.train, model.examples.evals
         if main:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-            n_long = len(examples.train) - len(fitting)
+            n_long = len(examples.train) - len(train_on)
+            left_out = len(examples.evals) - len(evals)
+            beyond = f" ({left_out} left out: beyond 3×, or the model)" if left_out else ""
             say(
                 out,
                 f"{cfg.preset}: {copy.num_parameters() / 1e6:,.1f}M parameters "
-                f"on {mesh.size()} × {where}\n{kernels(copy)}\n"
-                f"{len(fitting)} prompts ({n_long} too long), {len(examples.evals)} for validation"
+                f"on {mesh.size()} × {where}\n{kernels(copy)}\n{model.checked}\n"
+                f"{len(train_on)} prompts ({n_long} too long), {len(evals)} for validation{beyond}"
                 f"\nresponses of up to {cfg.reward.max_response} tokens; "
                 f"judge: {cfg.judge.model}\nwriting to {out}",
             )
-        parts = (tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
-        judge, eval_judge = judges
-        state = Run(cfg, out, mesh, device, *parts, judge, fitting, examples.evals)
-        state.eval_judge = eval_judge
+        parts = (model.tokenizer, policy, copy, make_optimizer(policy, cfg, cfg.lr))
+        state = Run(cfg, out, mesh, device, *parts, judge, train_on, evals, second)
         train(state, examples.warm)
         set_phase("export")
         export(policy, source, out / "model", rank)
@@ -532,60 +474,6 @@ def run(cfg: Config, mesh: DeviceMesh, device: torch.device, examples: Examples)
             report(out)
             print_summary(out)
             say(out, f"{(time.perf_counter() - started) / 60:.1f} minutes")
-
-
-def begin(cfg: Config, out: Path, examples: Examples) -> None:
-    """config.json and the miniature's model; of a resumed run, check what it was made from."""
-    sweep(out)
-    paths = [Path(path) for path in (cfg.data, cfg.eval_data, cfg.model) if path]
-    prints = {str(path): fingerprint(path) for path in paths if path.exists()}
-    saved = out / "config.json"
-    record = {**flatten(cfg), "fingerprint": prints, "resumed": []}
-    if cfg.resume:
-        old = json.loads(saved.read_text())
-        before = old.get("fingerprint", {})
-        if changed := [path for path in prints if before.get(path, prints[path]) != prints[path]]:
-            raise RecordError(
-                f"{changed[0]} is not what this run began with: bring the old one back, or start a "
-                "new run"
-            )
-        now = {"at": time.strftime("%Y-%m-%d %H:%M:%S")}
-        now |= {k: v for k, v in flatten(cfg).items() if k in old and old[k] != v and k != "resume"}
-        record = {**old, "resumed": [*old.get("resumed", []), now]}
-    write(saved, json.dumps(record, indent=1) + "\n")
-    if not cfg.model and not (out / "start").exists():
-        # Real prose has more words than the fables do: longer tokens keep stories short.
-        vocab_size = 2048 if cfg.data else 512
-        world.make_model(out / ".start.tmp", examples.train, cfg.seed, vocab_size)
-        (out / ".start.tmp").rename(out / "start")
-
-
-def fit(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, examples: Examples
-) -> tuple[Config, list[Example]]:
-    """The examples whose prompts fit, and the settings with a response limit for their anchors."""
-    fitting = [
-        e
-        for e in examples.train
-        if len(data.encode_prompt(tokenizer, e.prompt, cfg.thinking)) <= cfg.max_prompt
-    ]
-    if len(fitting) < cfg.prompts:
-        raise ConfigError(
-            f"{len(fitting)} prompts of --data are within --max-prompt {cfg.max_prompt} tokens: "
-            "too few for a step"
-        )
-    if not cfg.reward.max_response:
-        unlimited = sys.maxsize
-        anchors = [data.encode_anchor(tokenizer, e, cfg.thinking, unlimited) for e in fitting]
-        longest = max(len(ids) for ids in anchors if ids)
-        limit = math.ceil(longest * 3 // 2 / 32) * 32
-        cfg = replace(cfg, reward=replace(cfg.reward, max_response=limit))
-    if examples.warm and not anchor_rows(tokenizer, examples.warm, cfg):
-        raise ConfigError(
-            f"no story of --data is within --max-response {cfg.reward.max_response} tokens: the "
-            "warm start has nothing to train on"
-        )
-    return cfg, fitting
 
 
 def prepare(argv: list[str]) -> tuple[Config, Examples] | int:
@@ -602,6 +490,39 @@ def prepare(argv: list[str]) -> tuple[Config, Examples] | int:
         return 2
 
 
+def show_plan(argv: list[str]) -> int:
+    """What a run would hold, take and cost (plan.py), said once."""
+    try:
+        return plan.main(argv) if int(os.environ.get("RANK", 0)) == 0 else 0
+    except (ConfigError, OSError, ValueError) as e:
+        print(f"\npolaris: {e}", file=sys.stderr)
+        return 2
+
+
+def export_checkpoint(argv: list[str]) -> None:
+    """--export CHECKPOINT --out DIR: a checkpoint of a run as a model."""
+    parser = argparse.ArgumentParser(prog="polaris.py", allow_abbrev=False)
+    parser.add_argument("--export", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    folder = args.export.resolve()
+    out = folder.parents[1]  # RUN/checkpoints/step-000020
+    cfg = unflatten(saved_values({"out": str(out)}))
+    if args.out.exists():
+        raise ConfigError(f"--out {args.out} exists: choose another")
+    if not folder.is_dir() or (fault := fault_of(folder, 0, 1)):
+        reason = fault if folder.is_dir() else "there is no such folder"
+        raise RecordError(f"--export {folder}: {reason}; {out} has {list(checkpoints(out))}")
+    mesh, device = setup(cfg)
+    source = find_model(cfg.model) if cfg.model else out / "start"
+    check_checkpoint(source, 0)
+    policy, _ = load_policy(source, mesh, device, cfg.recompute)
+    load_weights(policy, folder)
+    export(policy, source, args.out, mesh.get_rank())
+    if mesh.get_rank() == 0:
+        print(f"{args.out}: the model of {folder}")
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0 done; 2 settings or data; 3 the judge; 4 interrupted; 5 stopped by itself.
 
@@ -609,6 +530,8 @@ def main(argv: list[str]) -> int:
     """
     if argv[:1] == ["--status"]:
         return show_status(Path(*argv[1:2]))
+    if "--plan" in argv:
+        return show_plan(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     follow_launcher()
@@ -618,15 +541,18 @@ def main(argv: list[str]) -> int:
     try:
         # Rank 0 reads settings and data for all. What is wrong with them is said once, and before
         # any rank ends: torchrun kills the others as soon as one has failed.
-        plan = from_rank_0(prepare(argv) if rank == 0 else None)
-        if isinstance(plan, int):
-            return leave(plan)
-        cfg, examples = plan
+        if "--export" in argv:
+            export_checkpoint(argv)
+            return leave(0)
+        prepared = from_rank_0(prepare(argv) if rank == 0 else None)
+        if isinstance(prepared, int):
+            return leave(prepared)
+        cfg, examples = prepared
         out = cfg.out
         mesh, device = setup(cfg)
         run(cfg, mesh, device, examples)
         return leave(0, out)
-    except (ConfigError, DataError, RecordError) as e:
+    except (ConfigError, DataError, ModelError, RecordError) as e:
         return leave(2, reason=str(e))
     except (ChatStop, Interrupted, TrainingStop, FloatingPointError) as e:
         statuses: dict[type, int] = {ChatStop: 3, Interrupted: 4}

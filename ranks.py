@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chat import ChatStop
 from config import Config, ConfigError
+from data import DataError
+from policy import ModelError
 from rundir import RecordError, lock
 from watch import PHASE, Interrupted, TrainingStop, may_interrupt, set_phase
 
@@ -38,6 +40,9 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
     """Mesh and this rank's device. Over several nodes: shards inside a node, replicas across."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if len(sizes := set(gather(local_world))) > 1:
+        counts = " and ".join(map(str, sorted(sizes)))
+        raise ConfigError(f"nodes have {counts} ranks: start as many on each (--nproc_per_node)")
     gpus = torch.cuda.device_count()
     if cfg.device == "cuda" and gpus < local_world:
         raise ConfigError(
@@ -75,14 +80,14 @@ def on_all_ranks(function: Callable[[], T], interruptible: bool = True) -> list[
     """What `function` returns on each rank, on all of them.
 
     What stops it on one rank stops it on all, at the same place: ChatStop, Interrupted (only where
-    it is `interruptible`), TrainingStop, RecordError.
+    it is `interruptible`), TrainingStop, RecordError, ModelError, DataError.
     """
     mine: T | None = None
     error: Exception | None = None
     try:
         with may_interrupt() if interruptible else nullcontext():
             mine = function()
-    except (ChatStop, Interrupted, TrainingStop, RecordError) as e:
+    except (ChatStop, Interrupted, TrainingStop, RecordError, ModelError, DataError) as e:
         error = e
     results = gather((mine, error))
     for _, other in results:

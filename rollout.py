@@ -18,7 +18,8 @@ A token x is drawn from a row's logits z in the order of transformers' processor
 u depends on nothing else: the same story for any batch size or rank, up to the model's arithmetic.
 Temperature 0 takes the likeliest token. Of tokens that tie for the k-th place, exactly k stay.
 
-Full and linear attention are decoded, by the functions of `decode.py`; sliding windows are refused.
+Full and linear attention are decoded, by the functions of `decode.py`, and sliding windows, from a
+cache of all positions: the mask of a layer's kind hides what its window has left.
 
     rollouts = generate(model, prompts, seeds, Sampling(), eos=tokenizer.eos_token_id)
     python bench.py rollout      # tokens per second beside the bound and transformers' generate
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from decode import FUSED, decoding
 
@@ -75,6 +76,7 @@ class Rollout:
     row: int  # index into the prompts
     ids: list[int]  # response tokens, with EOS if finished
     finished: bool  # ended with EOS; False: cut at max_new_tokens
+    logq: float = 0.0  # sum over its tokens of the log-probability with which each was drawn
 
 
 Places = list[Rollout | None]  # row of the decoder -> whose it is
@@ -102,15 +104,19 @@ def uniforms(seed: int, n: int, device: torch.device | str = "cpu") -> Tensor:
     return ((bits >> 40) & (2**24 - 1)).float() * 2.0**-24  # 24 bits: all that fp32 holds exactly
 
 
-def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
-    """logits [R, V], seen [R, V] bool (to penalise), u [R, 1] in [0, 1) -> tokens [R, 1]."""
+def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
+    """logits [R, V], seen [R, V] bool (to penalise), u [R, 1] in [0, 1) -> tokens [R, 1], log q.
+
+    log q [R, 1]: of the token, under what it was drawn from.
+    """
     logits = logits.float()
     penalty = s.repetition_penalty
     if penalty != 1:
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(seen, penalised, logits)
     if s.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        token = logits.argmax(-1, keepdim=True)
+        return token, torch.zeros_like(u)
     vocab = logits.shape[-1]
     top, token = logits.topk(min(s.top_k, vocab) or vocab)  # [R, k], likeliest first
     prob = (top / s.temperature).softmax(-1)
@@ -119,16 +125,36 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> Tensor:
     kept = kept.clamp(min=1)  # 0 only if the logits are NaN, which `Decoder.finite` reports
     mass = cdf.gather(-1, kept - 1)
     choice = (cdf <= u * mass).sum(-1, keepdim=True)
-    return token.gather(-1, choice.minimum(kept - 1))  # minimum: u * mass may round up to mass
+    choice = choice.minimum(kept - 1)  # u * mass may round up to mass
+    return token.gather(-1, choice), (prob.gather(-1, choice) / mass).log()
 
 
 # ------ all rows, one step
 
 
+KINDS = {"full_attention", "sliding_attention", "linear_attention"}
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache that keeps all positions. ValueError for a kind of layer that is not decoded."""
+    config = model.config.get_text_config(decoder=True)
+    others = set(getattr(config, "layer_types", None) or ()) - KINDS
+    if getattr(config, "attention_chunk_size", None):
+        others.add("chunked_attention")
+    if others:
+        decoded = "full, sliding and linear attention"
+        raise ValueError(f"rollout.py decodes {decoded}, not {', '.join(sorted(others))}")
+    cache = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = DynamicLayer()
+    return cache
+
+
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, tokens: list[int]) -> DynamicCache:
     """The state of the model after `tokens`, for one row, by the model's own code."""
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     ids = torch.tensor([tokens], device=model.device)  # [1, T]
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
@@ -141,7 +167,7 @@ def tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
         return layer.keys, layer.values
     if kind is LinearAttentionLayer:
         return layer.conv_states[0], layer.recurrent_states[0]
-    raise ValueError(f"rollout.py decodes full and linear attention, not {kind.__name__}")
+    raise ValueError(f"rollout.py does not decode layers with a {kind.__name__}")
 
 
 class _Slots(DynamicLayer):
@@ -190,18 +216,29 @@ class Decoder:
     """The static tensors of `rows` texts of up to `length` tokens, and the step that adds a token.
 
     Row r has its tokens in ids[r], the newest at pos[r]; a step writes the next at pos[r] + 1.
+    Ids from `vocab` on, which pad a head and mean no text, are never drawn (0: there are none).
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling):
+    def __init__(
+        self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling, vocab: int = 0
+    ):
         self.model = model
         self.rows, self.length = rows, length
         self.sampling = replace(sampling, max_new_tokens=length)  # the step knows no other limit
         self.weights = [p.data_ptr() for p in model.parameters()]  # what captured graphs read
         self.device = device = model.device
-        vocab = model.config.get_text_config().vocab_size
+        config: Any = model.config.get_text_config(decoder=True)
+        self.vocab = vocab or config.vocab_size
+        # Where all layers have windows, a model takes one mask, else one for each kind of layer.
+        kinds = getattr(config, "layer_types", None) or ()
+        self.window = getattr(config, "sliding_window", None)
+        if kinds and "sliding_attention" not in kinds:
+            self.window = None
+        self.by_kind = bool({"sliding_attention", "linear_attention"} & set(kinds))
         self.ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-        self.noise = torch.zeros(rows, length, device=device)  # the u of each position's token
-        self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
+        # The u of each position's token, and once that is drawn its log q
+        self.noise = torch.zeros(rows, length, device=device)
+        self.seen = torch.zeros(rows, self.vocab, dtype=torch.bool, device=device)
         self.pos = torch.zeros(rows, dtype=torch.long, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # of all logits so far
         self.slots = torch.arange(length, device=device)
@@ -245,7 +282,7 @@ class Decoder:
     def cache(self, rows: int) -> DynamicCache:
         """A cache over the first `rows` rows of the static tensors, made once."""
         if rows not in self.caches:
-            cache = self.caches[rows] = DynamicCache(config=self.model.config)
+            cache = self.caches[rows] = empty_cache(self.model)
             for i, (a, b) in enumerate(self.states):
                 layer: Any = cache.layers[i]
                 if type(layer) is DynamicLayer:
@@ -266,15 +303,22 @@ class Decoder:
         self.lane_pos = at.expand(-1, self.kv_heads).flatten()  # [R * KV]
         mask: Any = torch.zeros(rows, 1, 1, bucket, dtype=self.dtype, device=self.device)
         mask.masked_fill_(self.slots[:bucket] > at[:, :, None, None], float("-inf"))
-        if any(type(layer) is LinearAttentionLayer for layer in cache.layers):
+        if self.window:
+            left = self.slots[:bucket] <= (at - self.window)[:, :, None, None]
+            windowed = mask.masked_fill(left, float("-inf"))
+            by_kind = {"full_attention": mask, "sliding_attention": windowed}
+            mask = by_kind if self.by_kind else windowed
+        elif self.by_kind:
             mask = {"full_attention": mask, "linear_attention": None}
         inputs = {"input_ids": ids.gather(1, at), "position_ids": at, "attention_mask": mask}
         output = self.model(**inputs, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]  # [R, V]
+        logits = output.logits[:, -1, : self.vocab]  # [R, V]
         self.finite.logical_and_(logits.amax(-1).isfinite().all())
         pos.add_(1)
-        token = sample(logits, seen, self.noise[:rows].gather(1, at), self.sampling)
+        noise = self.noise[:rows]
+        token, logq = sample(logits, seen, noise.gather(1, at), self.sampling)
         ids.scatter_(1, at, token)
+        noise.scatter_(1, at, logq)
         seen.scatter_(1, token, True)
 
     def run(self, rows: int, bucket: int) -> None:
@@ -305,7 +349,9 @@ class Decoders:
         """Let go of the decoder: its model, caches and graphs, on a GPU gigabytes."""
         self.held = None
 
-    def get(self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling) -> Decoder:
+    def get(
+        self, model: PreTrainedModel, rows: int, length: int, sampling: Sampling, vocab: int = 0
+    ) -> Decoder:
         """The decoder held; a new one if that is another model's or sampling's, too small, or more
         than twice too large: its cache would take memory from the update."""
         length = whole_buckets(length, model.device.type)
@@ -313,10 +359,11 @@ class Decoders:
             fits = rows <= d.rows and length <= d.length
             fits = fits and d.rows * d.length <= 2 * rows * length
             same = d.model is model and d.weights == [p.data_ptr() for p in model.parameters()]
+            same = same and vocab in (0, d.vocab)
             if fits and same and d.sampling == replace(sampling, max_new_tokens=d.length):
                 return d
         self.held = d = None  # frees the old tensors before the new ones are made
-        self.held = Decoder(model, rows, length, sampling)
+        self.held = Decoder(model, rows, length, sampling, vocab)
         return self.held
 
 
@@ -336,6 +383,7 @@ def generate(
     sampling: Sampling,
     eos: int | Collection[int],
     *,
+    vocab: int = 0,
     max_rows: int = 0,
     on_finish: Callable[[Rollout], None] | None = None,
     on_tokens: Callable[[Rollout, list[int]], None] | None = None,
@@ -343,28 +391,32 @@ def generate(
 ) -> list[Rollout]:
     """One response per prompt (token ids, any lengths), in the order of the prompts.
 
-    seeds: one 63-bit integer a prompt (`row_seed`).  eos: the id, or several, that end a response.
+    seeds: one 63-bit integer a prompt (`row_seed`).  eos: the id, or several, that end a response;
+    -1: none does.  vocab: ids from here on are never drawn (0: all may be).
     max_rows: decode at most so many at a time; the others wait for a place (0: all at once).
     on_tokens(rollout, new tokens) is called as a response grows, on_finish(rollout) as it ends,
     in the calling thread.  decoders: what to reuse and keep (None: all is freed at the end).
 
-    The model is put into eval mode and back. ValueError for an empty prompt, a wrong number of
-    seeds or an unknown kind of layer; FloatingPointError for logits that are not finite.
+    The model is put into eval mode and back. ValueError for prompts that are no lists of ids or
+    empty, a wrong number of seeds, no EOS or an unknown kind of layer; FloatingPointError for
+    logits that are not finite.
     """
+    if not isinstance(prompts, list) or not all(isinstance(prompt, list) for prompt in prompts):
+        raise ValueError('prompts must be lists of token ids: tokenizer(texts)["input_ids"]')
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, and there are {len(seeds)}")
     if [] in prompts:
         raise ValueError(f"prompt {prompts.index([])} is empty: give it a token to continue")
     if not prompts:
         return []
-    stop = {eos} if isinstance(eos, int) else set(eos)
+    stop = stop_ids(eos)
     limit = sampling.max_new_tokens
     capacity = min(max_rows or len(prompts), len(prompts))
     training = model.training
     model.eval()
     try:
         decoders = Decoders() if decoders is None else decoders
-        d = decoders.get(model, capacity, max(map(len, prompts)) + limit, sampling)
+        d = decoders.get(model, capacity, max(map(len, prompts)) + limit, sampling, vocab)
         d.finite.fill_(True)
         rollouts = [Rollout(i, [], False) for i in range(len(prompts))]
         waiting = deque(rollouts)
@@ -398,6 +450,15 @@ def generate(
         model.train(training)
 
 
+def stop_ids(eos: int | Collection[int]) -> set[int]:
+    """The ids that end a response. ValueError for anything but token ids, and for none at all."""
+    ids = [eos] if isinstance(eos, int) else list(eos or ())
+    if not ids or not all(isinstance(i, int) for i in ids):
+        how = "give tokenizer.eos_token_id, several such ids, or -1 where none ends a response"
+        raise ValueError(f"eos is {eos!r}, no token id: {how}")
+    return set(ids)
+
+
 def _compact(d: Decoder, places: Places) -> Places:
     """Shrink the batch once enough rows have ended; rows beyond its end move into the holes."""
     rows = len(places)
@@ -427,6 +488,7 @@ def _advance(
         d.run(rows, whole_buckets(filled + i, d.device.type))
     newest = d.pos[:rows, None] + torch.arange(1 - steps, 1, device=d.device)  # [R, steps]
     tokens = d.ids[:rows].gather(1, newest).tolist()  # the only place that waits for the device
+    logq = d.noise[:rows].gather(1, newest).tolist()
     if not d.finite:
         raise FloatingPointError("the model's logits are not finite: broken weights or inputs")
     grown = []
@@ -436,6 +498,7 @@ def _advance(
         end = next((i for i, token in enumerate(tokens[row], 1) if token in stop), steps)
         new = tokens[row][:end]
         r.ids += new
+        r.logq += sum(logq[row][:end])
         r.finished = new[-1] in stop
         grown.append((r, new))
         if r.finished or len(r.ids) == limit:

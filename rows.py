@@ -42,6 +42,7 @@ class Row:
     verdict: Verdict | None = None
     reward: Reward | None = None
     advantage: float = 0.0
+    logq: float | None = None  # log-probability with which the sampler drew the response
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"pending": None}
@@ -71,7 +72,8 @@ def rollout_row(
     ids = rollout.ids[:-1] if rollout.finished else rollout.ids
     # Special tokens stay visible: a policy that puts them into its story is seen doing so.
     thought, story = data.split_response(str(tokenizer.decode(ids)), thinking)
-    return Row(*job, False, prompt_ids, rollout.ids, rollout.finished, thought, story)
+    ids, logq = rollout.ids, rollout.logq
+    return Row(*job, False, prompt_ids, ids, rollout.finished, thought, story, logq=logq)
 
 
 def set_reward(

@@ -2,9 +2,9 @@
 
     python walkthrough.py        seconds on a CPU, offline; docs/walkthrough.txt is its output
 
-Each section calls what the trainer calls. A run has eight groups a step, shards on several ranks,
-an LLM as the judge, and rollouts that the policy samples: here they are fixed, so that each shows
-one thing.
+The functions named in brackets are those of the trainer. A run has eight groups a step, shards on
+several ranks, an LLM as the judge, and rollouts that the policy samples: here they are fixed, so
+that each shows one thing.
 """
 
 import json
@@ -73,8 +73,9 @@ def main() -> None:
     print("""
 2. GROUP: all rows that answer one prompt (rollout.generate, data.encode_anchor)
 
-A rollout is a story sampled from the policy, the model that is trained. The anchor is the human
-story of the same prompt, as token ids that the policy could have sampled. Each ends with EOS.
+A row is one story as token ids. A rollout is a story sampled from the policy, the model that is
+trained. The anchor is the human story for the same prompt, as token ids that the policy could have
+sampled. These rows end with EOS; a rollout that hits the length limit does not.
 """)
     stories = [*ROLLOUTS.split("\n"), example.story]
     rows = [tokenizer.encode(story) + [tokenizer.eos_token_id] for story in stories[:5]]
@@ -87,8 +88,10 @@ story of the same prompt, as token ids that the policy could have sampled. Each 
     print("""
 3. VERDICT: a judge's text to 16 scores to Story Quality, SQ (judge.parse_verdict)
 
-SQ = (positive - negative + bonus' - penalty') / 100, added up here: a judge's totals are ignored.
-Rollout 5 shows a judge that fails: its answer is cut in half, also when it is asked again.
+positive: the sum of P1 to P6; negative: of N1 to N10. SQ = (positive - negative + bonus' -
+penalty') / 100: the bonus counts only if negative <= positive / 2, and the penalty at most 3 if
+positive > 1.5 negative. We add the scores up: totals that a judge states are ignored. Rollout 5
+shows a judge that fails: its answer is cut in half, also when it is asked again.
 """)
     answers = [json.dumps(offline_verdict(example.prompt, story)) for story in stories]
     answers[4] = answers[4][: len(answers[4]) // 2]
@@ -99,8 +102,9 @@ Rollout 5 shows a judge that fails: its answer is cut in half, also when it is a
     print("""
 4. REWARD: R = clip(SQ - 1.5 rep - 0.8 len - 1.0 blank, -2, 2) - think - overlong (reward.reward)
 
-rep: repetition. len: by how much the words miss the 25 that were asked for. Without a verdict there
-is no reward. It is never 0 instead: that would punish a story for the judge's failure.""")
+rep: repetition. len: how far the words lie outside a tolerance around the 25 that were asked for,
+here 22 to 31, as a share of its nearer edge. Without a verdict there is no reward. It is never 0
+instead: that would punish a story for the judge's failure.""")
     rewards = [
         reward(v.score, story, example.target_words, size, 0, True, CONFIG)
         if v and v.score is not None
@@ -116,8 +120,9 @@ is no reward. It is never 0 instead: that would punish a story for the judge's f
 A = (R - mean) / (std + 1e-6), where mean and std are those of the rollouts with a verdict: what the
 policy earns on this prompt by itself. The anchor is measured with them and changes neither. That is
 "outside the statistics". Its A is then multiplied by a weight, which rises from 0 in step 1 (no
-anchor) to 0.4 in step 16. Were it inside, a good human story would raise the mean, and rollouts
-would be pushed down for not being it (last column). Rollout 5 is outside too, with A = 0.""")
+anchor) to 0.4 in step 16. Were it inside (last column, where its A has no weight), a good human
+story would raise the mean, and rollouts would be pushed down for not being it. Rollout 5 has no
+verdict: it is outside too, with A = 0.""")
     weight = anchor_weight(16)
     valid = [v is not None for v in verdicts]
     totals = [getattr(r, "total", float("nan")) for r in rewards]
@@ -134,13 +139,17 @@ would be pushed down for not being it (last column). Rollout 5 is outside too, w
     bounded = advantages(equal, IS_ANCHOR, valid)[5]
     print(f"""
 The formula does not bound a row outside the statistics: if all rollouts scored 0.5 and the anchor
-0.67, its A would be {bare:.0f}. A floor of 0.05 on its std, and a cap, make that {bounded:.4f}.""")
+0.67, its A would be {bare:.0f}. So its std is at least 0.05, which makes that {bounded:.4f}. And it
+is capped at (K - 1) / sqrt(K), the largest A that one of K rollouts can have, 1.5 for four.""")
 
     print("""
 6. LOSS: L = - (sum of A log p) / n over all n response tokens of a step (grpo.onpolicy_loss)
 
-Every token of a row carries the row's A. So each token's coefficient, -A/n, is known before the
-forward pass. Prompt tokens have none. Those of rollout 5 count in n and have coefficient 0.""")
+Rollouts come from the current weights, and there is one update per step. So the ratio of new to old
+probability is 1, PPO's clipping never acts, and no old log-probs are needed: what remains is a log-
+likelihood in which every token of a row carries the row's A. For the anchor, which the policy did
+not sample, that is weighted supervised training. Each token's coefficient, -A/n, is known before
+the forward pass. Prompt tokens have none. Those of rollout 5 count in n and have coefficient 0.""")
     n = sum(sizes)
     table(tokens=sizes, A=ours, coefficient=[-a / n for a in ours])
 
@@ -174,8 +183,8 @@ reaches the weights. Here it does.""")
     change = [b - a for a, b in zip(before, after, strict=True)]
     table(A=ours, before=before, after=after, change=change)
     print("""
-Rows with A > 0 became likelier, rows with A < 0 less likely. Rollout 5 moved only because it shares
-words with the others.""")
+Rows with A > 0 became likelier, rows with A < 0 less likely. Rollout 5 has A = 0 and moved all the
+same: it begins with the anchor's first sentence, and all rows share the weights.""")
 
 
 if __name__ == "__main__":

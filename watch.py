@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -104,18 +104,27 @@ class Heartbeat:
     """This rank's phase on disk, at each change and every few seconds; a look at the next rank's.
 
     patience: seconds for which another rank may stay in one phase; waiting for the judge has a
-    patience of its own, the judge client's. Use it in a `with`.
+    patience of its own, the judge client's. spent: what this process has paid for so far, kept so
+    that a killed run's bill is known. Use it in a `with`.
     """
 
     EVERY = 5.0
     SILENCE = 60.0  # a process that writes nothing for so long is frozen, or its machine is lost
     PATIENT = ("judge_wait", "waiting for the other ranks", "done")
 
-    def __init__(self, out: Path, rank: int, n_ranks: int, patience: float):
+    def __init__(
+        self,
+        out: Path,
+        rank: int,
+        n_ranks: int,
+        patience: float,
+        spent: Callable[[], dict[str, float]] = dict,
+    ):
         self.out = out
         self.rank = rank
         self.n_ranks = n_ranks
         self.patience = patience
+        self.spent = spent
         self.started = time.time()
         self.ended = threading.Event()
         self.lock = threading.Lock()
@@ -138,6 +147,7 @@ class Heartbeat:
     def beat(self) -> None:
         now = time.time()
         me = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "beat": now}
+        me["spent"] = self.spent()
         with self.lock:
             write(self.file(self.rank), json.dumps(me | PHASE) + "\n", flush=False)
             if self.rank == 0:
@@ -180,6 +190,18 @@ class Heartbeat:
                 seconds = time.time() - r["since"]
                 lines.append(f"  rank {rank}: {r['phase']}, step {r['step']}, for {seconds:.0f} s")
         return "\n".join(lines)
+
+
+def settle_bill(out: Path) -> dict[str, float]:
+    """What all earlier processes of a run have spent on its judge, killed ones too."""
+    bill = read_json(out / "bill.json")
+    for path in sorted((out / "ranks").glob("*.json")):
+        for name, amount in read_json(path).get("spent", {}).items():
+            bill[name] = bill.get(name, 0) + amount
+    write(out / "bill.json", json.dumps(bill) + "\n")
+    for path in (out / "ranks").glob("*.json"):
+        path.unlink()
+    return bill
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ GPU, fp32 on a CPU.
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -14,15 +15,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import data
+import ranks
+from evals.files import read_prompts
 from evals.report import visible
+from evals.storyfile import Place, StoryFile
 from reward import requested_words, word_count
 from rollout import Rollout, Sampling, generate, kernels, row_seed
-from rundir import RecordError, append, read_jsonl, write_jsonl
 
 UNSETTLED = re.compile(r"(\ufffd+|</?t?h?i?n?k?>?)\Z")  # half a character, half a mark
 
@@ -59,11 +63,17 @@ class Writer:
         return lm.to(device)
 
     def write(
-        self, prompts: dict[str, str], sampling: Sampling, seed: int, **more: Any
+        self, prompts: dict[Place, str], sampling: Sampling, seed: int, **more: Any
     ) -> list[Rollout]:
-        """One response per {uid: prompt}; more: arguments of rollout.generate."""
+        """One response per {(uid, sample): prompt}; more: arguments of rollout.generate."""
         ids = [data.encode_prompt(self.tokenizer, p, self.thinking) for p in prompts.values()]
-        seeds = [row_seed(seed, 0, uid, 0) for uid in prompts]
+        seeds = [row_seed(seed, 0, uid, sample) for uid, sample in prompts]
+        return self.go_on(ids, seeds, sampling, **more)
+
+    def go_on(
+        self, ids: list[list[int]], seeds: list[int], sampling: Sampling, **more: Any
+    ) -> list[Rollout]:
+        """What the model writes after these tokens."""
         also = self.lm.generation_config.eos_token_id or []
         eos = {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also)}
         return generate(self.lm, ids, seeds, sampling, eos, **more)
@@ -100,7 +110,7 @@ def story(writer: Writer, prompt: str, sampling: Sampling, seed: int, show_think
 
     device = writer.lm.device  # loaded before the clock starts
     begin = time.perf_counter()
-    [rollout] = writer.write({"": prompt}, sampling, seed, on_tokens=on_tokens)
+    [rollout] = writer.write({("", 0): prompt}, sampling, seed, on_tokens=on_tokens)
     speed = len(rollout.ids) / (time.perf_counter() - begin)
     show(*writer.read(rollout))
     asked = requested_words(prompt)
@@ -114,28 +124,40 @@ def story(writer: Writer, prompt: str, sampling: Sampling, seed: int, show_think
     put(f"{facts}\n", sys.stderr, dim=True)
 
 
-def stories(
-    writer: Writer, prompts: str, out: str, sampling: Sampling, seed: int, rows: int
-) -> list[dict]:
-    """One story per prompt, appended to `out` as each ends; run again, it writes the missing ones.
+def ranks_of() -> tuple[int, int]:
+    """This rank and how many there are: as torchrun started them, else one."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    return ranks.join(), dist.get_world_size()
 
-    At the end the file is in the order of the prompts. rows: stories at a time. Raises DataError
-    for the prompts, RecordError if `out` holds other stories than these.
+
+def stories(
+    writer: Writer,
+    prompts: str,
+    out: str,
+    sampling: Sampling,
+    seed: int,
+    rows: int,
+    *,
+    samples: int = 1,
+    domain: str = "",
+    lang: str = "",
+) -> list[dict]:
+    """Stories of each prompt, appended to `out` as each ends; run again, it writes what is missing.
+
+    At the end the file is in the order of the prompts. rows: stories at a time on each rank. Raises
+    RecordError for the prompts, and if `out` holds other stories than these.
     """
-    path = Path(out)
-    examples = {example.uid: example for example in data.load(prompts, anchors=False)}
+    rank, world = ranks_of()
     settings = {"model": writer.model, "thinking": writer.thinking, "seed": seed}
     settings |= asdict(sampling)
-    found = read_jsonl(path, "uid prompt settings")[0] if path.exists() else []
-    done = {record["uid"]: record for record in found}
-    for uid, record in done.items():
-        same = uid in examples and examples[uid].prompt == record["prompt"]
-        if not same or record["settings"] != settings:
-            raise RecordError(
-                f"{out}: story {uid!r} comes from another prompt file, model, seed or sampling; "
-                "give another --out, or the same arguments to go on"
-            )
-    waiting = [example for uid, example in examples.items() if uid not in done]
+    wanted = read_prompts(prompts, domain, lang)
+    file = StoryFile(out, wanted, samples, settings)
+    if rank == 0:
+        file.save()
+    if world > 1:
+        dist.barrier()
+    mine = file.waiting[rank::world]
     tokens = 0
 
     def on_tokens(rollout: Rollout, new: list[int]) -> None:
@@ -145,30 +167,21 @@ def stories(
         bar.update(0)
 
     def on_finish(rollout: Rollout) -> None:
-        example = waiting[rollout.row]
         thinking, text = writer.read(rollout)
-        done[example.uid] = {
-            "uid": example.uid,
-            "prompt": example.prompt,
-            "target_words": example.target_words,
-            "thinking": thinking,
-            "story": text,
-            "words": word_count(text),
-            "tokens": len(rollout.ids),
-            "finished": rollout.finished,
-            "settings": settings,
-        }
-        append(path, done[example.uid])
+        file.add(mine[rollout.row], thinking, text, len(rollout.ids), rollout.finished)
         bar.update()
 
-    write_jsonl(path, [*done.values()])  # without a half-written last line
-    if waiting:
-        missing = {example.uid: example.prompt for example in waiting}
-        print(kernels(writer.lm))
+    if mine:
+        if rank == 0:
+            print(kernels(writer.lm))
+        texts = {place: file.wanted[place].text(place[1]) for place in mine}
         # miniters=0: redrawn by time, also between two stories
-        with tqdm(total=len(examples), initial=len(done), unit="story", miniters=0) as bar:
+        how = dict(unit="story", miniters=0, disable=rank > 0)
+        with tqdm(total=len(mine), **how) as bar:
             hooks = dict(on_finish=on_finish, on_tokens=on_tokens)
-            writer.write(missing, sampling, seed, max_rows=rows, **hooks)
-    records = [done[uid] for uid in examples]
-    write_jsonl(path, records)
-    return records
+            writer.write(texts, sampling, seed, max_rows=rows, **hooks)
+    if world > 1:
+        dist.barrier()
+        if rank == 0:
+            file.read()
+    return file.save() if rank == 0 else []

@@ -26,6 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 from judge import POSITIVE, RUBRIC
+from mini import formats
 from reward import strip_length_sentence
 
 # ---------------------------------------------------------------------------------------- measures
@@ -289,7 +290,7 @@ _CHOICES: dict[str, Any] = {
 }
 _SPOILT = "reset truncate silent blanks drip think cut hidden".split()
 _OF_THE_STORY = ("moderation", "context", "safety", "refusal")  # whenever that is asked for
-_FAULTS = [*_REFUSALS, *_CHOICES, *_SPOILT]
+_FAULTS = [*_REFUSALS, *_CHOICES, *_SPOILT, *formats.SPOILS]
 _FAULT_NAMES = f"an HTTP status (429, 500, ...), {', '.join(_FAULTS)}"
 
 
@@ -408,10 +409,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.rfile.read(1)  # returns when the client hangs up
             return None
-        verdict = offline_verdict(prompt, story, self.server.args.personality)
-        content = json.dumps(verdict, ensure_ascii=False)
-        if fault == "truncate":
-            content = content[: len(content) // 2]
+        known = formats.answer(story, measure) if not prompt else None  # a benchmark's question
+        verdict = known or offline_verdict(prompt, story, self.server.args.personality)
+        content = verdict if isinstance(verdict, str) else json.dumps(verdict, ensure_ascii=False)
+        content = formats.spoil(fault, content)
         if fault == "think":  # a draft, which must not count
             content = f"<think>{content.replace('0', '1')}</think>\n{content}"
         read = len(body) // 4 if fault != "cut" else len(body) // 40

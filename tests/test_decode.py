@@ -126,7 +126,7 @@ def test_greedy_in_triton_is_generates_token_for_token(name):
     sampling = GREEDY if GPU else sampling
     prompts = PROMPTS if GPU else PROMPTS[:2] + PROMPTS[4:6]
     want = [reference(model, prompt, sampling, None) for prompt in prompts]
-    got = generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, (), max_rows=3)
+    got = generate(model.to(DEVICE), prompts, [0] * len(prompts), sampling, -1, max_rows=3)
     assert ids(got) == want
 
 

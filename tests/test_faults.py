@@ -405,3 +405,15 @@ def test_a_run_goes_on_only_with_what_it_began_with(what, tmp_path, monkeypatch)
             file.write(b"1")
     with pytest.raises(RecordError, match=f"{what}.* is not what this run began with"):
         polaris.begin(again, out, examples)
+
+
+def test_the_bill_counts_what_killed_processes_have_paid(tmp_path):
+    spent = {"calls": 3, "dollars": 0.5}
+    with watch.Heartbeat(tmp_path, 0, 1, 60, lambda: spent):
+        spent["calls"] = 5  # the process is killed after its next beat
+        watch.set_phase("rollout")
+    assert watch.settle_bill(tmp_path) == {"calls": 5, "dollars": 0.5}
+    with watch.Heartbeat(tmp_path, 0, 1, 60, lambda: {"calls": 2, "dollars": 0.1}):
+        pass
+    assert watch.settle_bill(tmp_path) == {"calls": 7, "dollars": 0.6}
+    assert watch.settle_bill(tmp_path) == {"calls": 7, "dollars": 0.6}

@@ -200,12 +200,12 @@ def problem(seed, n, h, v, dtype, spread=1.0):
     return hidden.requires_grad_(), weight.requires_grad_(), targets, coef
 
 
-def both_schemes(hidden, weight, targets, coef, temperature, backend):
+def both_schemes(hidden, weight, targets, coef, *options):
     """(loss, logp, entropy, d hidden, d weight) of token_logprobs and of onpolicy_loss."""
-    logp, entropy = grpo.token_logprobs(hidden, weight, targets, temperature, backend)
+    logp, entropy = grpo.token_logprobs(hidden, weight, targets, *options)
     loss = (coef.to(logp.dtype) * logp).sum()
     yield loss, logp, entropy, *torch.autograd.grad(loss, (hidden, weight))
-    loss, logp, entropy = grpo.onpolicy_loss(hidden, weight, targets, coef, temperature, backend)
+    loss, logp, entropy = grpo.onpolicy_loss(hidden, weight, targets, coef, *options)
     yield loss, logp, entropy, *torch.autograd.grad(loss, (hidden, weight))
 
 
@@ -449,17 +449,44 @@ def test_inputs_that_do_not_fit_are_refused():
         grpo.token_logprobs(hidden, weight, targets, backend="cuda")
     with pytest.raises(ValueError, match="backend triton"):
         grpo.token_logprobs(hidden.double(), weight.double(), targets, backend="triton")
-    with pytest.raises(RuntimeError):
-        grpo.token_logprobs(hidden, weight, targets + 9)
+    for outside in (targets + 9, targets.index_fill(0, torch.tensor([2]), -100)):
+        with pytest.raises(ValueError, match=r"targets must be in \[0, 9\).*-100"):
+            grpo.token_logprobs(hidden, weight, outside)
+        with pytest.raises(ValueError, match="-100"):
+            grpo.onpolicy_loss(hidden, weight, outside, coef)
+    with pytest.raises(ValueError, match="int64"):
+        grpo.token_logprobs(hidden, weight, targets.int())
+    for temperature in (torch.ones((), requires_grad=True), 0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            grpo.onpolicy_loss(hidden, weight, targets, coef, temperature)
 
 
-@in_interpreter
-def test_triton_makes_a_target_outside_the_vocabulary_not_a_number():
-    hidden, weight, targets, _ = problem(0, 5, 4, 9, torch.float32)
-    logp, _ = grpo.token_logprobs(
-        hidden, weight, torch.where(targets == targets[2], 9, targets), backend="triton"
-    )
-    assert torch.equal(logp.isnan(), targets == targets[2])
+def test_a_second_derivative_is_refused_and_not_zero():
+    hidden, weight, targets, coef = problem(0, 5, 4, 9, torch.float32)
+    for loss in (
+        grpo.onpolicy_loss(hidden, weight, targets, coef)[0],
+        grpo.token_logprobs(hidden, weight, targets)[0].sum(),
+    ):
+        with pytest.raises(RuntimeError, match="differentiable once only"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+    loss = grpo.onpolicy_loss(hidden, weight, targets, coef, backend="naive")[0]
+    [grad] = torch.autograd.grad(loss, hidden, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), hidden)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked", "auto"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_soft_cap_is_inside_the_statistics_and_the_gradient(backend, temperature):
+    hidden, weight, targets, coef = problem(3, 40, 8, 30, torch.float64, spread=3)
+    logits = 5 * torch.tanh(hidden @ weight.T / 5) / temperature
+    logps = logits.log_softmax(1)
+    logp = logps.gather(1, targets[:, None]).squeeze(1)
+    loss = (coef * logp).sum()
+    want = loss, logp, -(logps.exp() * logps).sum(1), *torch.autograd.grad(loss, (hidden, weight))
+    with chunk_rows(16):
+        for got in both_schemes(hidden, weight, targets, coef, temperature, backend, 5.0):
+            for a, b in zip(got, want, strict=True):
+                assert_near(a, b, 1e-12)
 
 
 # ----------------------------------------- memory and FSDP2

@@ -19,7 +19,7 @@ PROGRAMS, ROOMS, LEAVES = 2, 1, 0
 FLOORS = {
     **dict.fromkeys("polaris eval walkthrough bench corpus".split(), PROGRAMS),
     **dict.fromkeys("config data rollout rows judge policy plan evals mini".split(), ROOMS),
-    **dict.fromkeys("ranks watch log health rundir checkpoint".split(), ROOMS),
+    **dict.fromkeys("ranks watch log health rundir checkpoint start".split(), ROOMS),
     **dict.fromkeys("reward chat grpo decode".split(), LEAVES),
 }
 PIECES = {  # what README.md calls copyable: a piece, and all files that it takes
@@ -123,7 +123,8 @@ def test_no_function_imports_a_module_of_ours_but_where_pytorch_can_wait():
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 late += [f"{name}: {other}" for other in imports(name, function, modules())]
-    assert late == ["eval: evals.stories"], late
+    heavy = ["eval: evals.stories", "eval: evals.memorise", "eval: evals.suite"]
+    assert sorted(set(late)) == sorted(heavy), late
 
 
 # ------------------------------------------------------------------------------------------- pieces

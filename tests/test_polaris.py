@@ -246,14 +246,14 @@ def stubbed_step(monkeypatch):
     for row, verdict in zip(rows, verdicts, strict=True):
         row.pending = verdict
 
-    def accumulate(policy, ids, advantages, n_tokens, mesh, micro_tokens):
+    def accumulate(policy, ids, advantages, n_tokens, *_):
         log.append(
             ([len(response) for _, response in ids], [round(a, 3) for a in advantages], n_tokens)
         )
         for i in late:
             verdicts[i].set_result(scores[i])
         late.clear()
-        return torch.zeros(3)
+        return torch.zeros(5)
 
     scores, late = {}, []
     monkeypatch.setattr(polaris, "generate_rows", lambda *args: rows)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    BatchEncoding,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -162,7 +163,7 @@ def test_logits_of_the_decode_step_are_the_models_own(model, dtype):
     """
     model, logits = copy.deepcopy(model).to(dtype), []
     hook = model.lm_head.register_forward_hook(lambda _m, _i, out: logits.append(out[:, -1]))
-    [r] = generate(model, PROMPTS[:1], [7], Sampling(max_new_tokens=100), ())
+    [r] = generate(model, PROMPTS[:1], [7], Sampling(max_new_tokens=100), -1)
     got = torch.cat(logits[-100:])
     logits.clear()
     text = torch.tensor([PROMPTS[0] + r.ids])
@@ -204,10 +205,24 @@ def test_sample_has_the_distribution_of_transformers_processors(
     seen = torch.zeros(1, vocab, dtype=torch.bool).scatter_(1, history, True)
     u = (torch.arange(n)[:, None] + 0.5) / n
     s = Sampling(temperature, top_p, top_k, penalty)
-    tokens = sample(logits.expand(n, -1), seen.expand(n, -1), u, s)
+    tokens, logq = sample(logits.expand(n, -1), seen.expand(n, -1), u, s)
+    torch.testing.assert_close(logq.exp(), want[tokens], rtol=1e-4, atol=1e-6)
     freq = tokens.flatten().bincount(minlength=vocab) / n
     assert (freq - want).abs().max() <= 1.01 / n
     assert not freq[want == 0].any()
+
+
+def test_padded_ids_are_never_drawn_and_log_q_is_the_models_own_log_prob(model):
+    s = Sampling(top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=30)
+    for vocab, limit in ((0, VOCAB), (40, 40)):
+        for r, prompt in zip(
+            generate(model, [[5, 9], [3]], [1, 2], s, 7, vocab=vocab), [[5, 9], [3]], strict=True
+        ):
+            assert max(r.ids) < limit and (r.finished or len(r.ids) == 30)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + r.ids])).logits[0, len(prompt) - 1 : -1]
+            logp = logits[:, :limit].log_softmax(-1)[range(len(r.ids)), r.ids].sum()
+            assert r.logq == pytest.approx(logp.item(), abs=1e-3)
 
 
 def test_sampled_texts_have_the_models_distribution(hybrid):
@@ -228,7 +243,7 @@ def test_sampled_texts_have_the_models_distribution(hybrid):
         for a, pa in next_token(prompt).items()
         for b, pb in next_token([*prompt, a]).items()
     }
-    got = [tuple(r.ids) for r in generate(hybrid, [prompt] * n, seeds(n), s, ())]
+    got = [tuple(r.ids) for r in generate(hybrid, [prompt] * n, seeds(n), s, -1)]
     assert set(got) <= set(want)
     common = [k for k, p in want.items() if n * p >= 5]
     cells = [(got.count(k), n * want[k]) for k in common]
@@ -380,9 +395,9 @@ def test_no_row_runs_over_its_end(hybrid, monkeypatch):
     order, s = [0, 1, 2, 4, 3, 5, 6], Sampling(max_new_tokens=25)
     prompts = [PROMPTS[i] for i in order]
     assert len(PROMPTS[4]) + 25 == 64
-    want = ids(generate(hybrid, prompts, seeds(7), s, ()))
+    want = ids(generate(hybrid, prompts, seeds(7), s, -1))
     as_on_a_gpu(monkeypatch)
-    assert ids(generate(hybrid, prompts, seeds(7), s, (), max_rows=4)) == want
+    assert ids(generate(hybrid, prompts, seeds(7), s, -1, max_rows=4)) == want
 
 
 def test_equal_prompts_are_prefilled_once(hybrid, monkeypatch):
@@ -403,7 +418,7 @@ def test_a_decoder_is_kept_for_the_next_call_and_gone_at_once_when_it_is_too_sma
 
     def write(rows, limit, model=model, **sampling):
         s = Sampling(max_new_tokens=limit, **sampling)
-        generate(model, [[1, 2]] * rows, [0] * rows, s, (), decoders=decoders)
+        generate(model, [[1, 2]] * rows, [0] * rows, s, -1, decoders=decoders)
         if not held or held[-1]() is not decoders.held:
             held.append(weakref.ref(decoders.held))
         return len(held)
@@ -432,7 +447,7 @@ def test_without_decoders_nothing_stays(hybrid, monkeypatch):
     monkeypatch.setattr(Decoders, "get", spied)
     gc.disable()
     try:
-        generate(hybrid, [[1, 2]], [0], Sampling(max_new_tokens=3), ())
+        generate(hybrid, [[1, 2]], [0], Sampling(max_new_tokens=3), -1)
         assert [ref() for ref in made] == [None]
     finally:
         gc.enable()
@@ -470,10 +485,10 @@ def test_on_finish_and_on_tokens(hybrid):
 def test_small_cases(hybrid):
     assert generate(hybrid, [], [], GREEDY, 1) == []
     one = Sampling(max_new_tokens=1)
-    out = generate(hybrid, PROMPTS, seeds(len(PROMPTS)), one, ())
+    out = generate(hybrid, PROMPTS, seeds(len(PROMPTS)), one, -1)
     assert [len(r.ids) for r in out] == [1] * len(PROMPTS) and not any(r.finished for r in out)
     again = generate(hybrid, PROMPTS, seeds(len(PROMPTS)), one, {r.ids[0] for r in out})
-    assert again == [Rollout(r.row, r.ids, True) for r in out]
+    assert again == [Rollout(r.row, r.ids, True, r.logq) for r in out]
 
 
 def test_errors_say_what_is_wrong(hybrid):
@@ -486,9 +501,15 @@ def test_errors_say_what_is_wrong(hybrid):
             Sampling(**bad)
     with pytest.raises(ValueError, match="max_new_tokens"):
         Sampling(max_new_tokens=0)
-    sliding = make("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
-        generate(sliding, [[1, 2]], [0], GREEDY, 1)
+    for eos in ("</s>", "", None, [], (), [None], [1, "2"]):
+        with pytest.raises(ValueError, match="eos is .*no token id"):
+            generate(hybrid, [[1, 2]], [0], GREEDY, eos)
+    for prompts in (torch.tensor([[1, 2]]), [torch.tensor([1, 2])], BatchEncoding({"a": [[1]]})):
+        with pytest.raises(ValueError, match="lists of token ids"):
+            generate(hybrid, prompts, [0], GREEDY, 1)
+    chunked = make("llama", layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match="not chunked_attention"):
+        generate(chunked, [[1, 2]], [0], GREEDY, 1)
     broken = copy.deepcopy(hybrid)
     for s in (GREEDY, Sampling(max_new_tokens=4)):
         with torch.no_grad():
@@ -508,13 +529,13 @@ def test_the_model_is_left_as_it_was(hybrid):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, [[1, 2]], [0], GREEDY, (), on_finish=stop)
+        generate(model, [[1, 2]], [0], GREEDY, -1, on_finish=stop)
     assert model.training and model.config._attn_implementation == before
     assert not any("forward" in vars(m) for m in model.modules())
     loss = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
     loss.backward()  # nothing that decoding made is in the way of training
     assert all(p.grad is not None for p in model.parameters())
-    assert ids(generate(model, [[1, 2]], [0], GREEDY, ())) == [
+    assert ids(generate(model, [[1, 2]], [0], GREEDY, -1)) == [
         reference(model.eval(), [1, 2], GREEDY, None)
     ]
 
@@ -544,7 +565,7 @@ def test_rollouts_follow_the_policy(captures, monkeypatch):
     s, decoders = Sampling(temperature=0, max_new_tokens=20), Decoders()
 
     def stories():
-        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, (), decoders=decoders))
+        return ids(generate(twin, PROMPTS[:4], [0] * 4, s, -1, decoders=decoders))
 
     for _ in range(3):
         copy_weights(policy, twin)
