@@ -101,7 +101,7 @@ def _rows(path: str | Path) -> list[tuple[str, dict]]:
         try:
             row = _loads(line)
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"{where}: not a line of JSON ({error}); repair or remove it") from None
+            raise RecordError(f"{where}: not a line of JSON ({error}); mend or remove it") from None
         if not isinstance(row, dict):
             raise RecordError(f"{where}: a JSON object is needed, this is a {type(row).__name__}")
         rows.append((where, row))

@@ -51,7 +51,7 @@ def stand_in() -> Iterator[ChatOptions]:
 
 
 def prepare(run: Path, out: Path) -> None:
-    """As files: prompts, the stories of the run before its first step, trained and held-out ones."""
+    """As files: prompts, stories of the run before its first step, trained and held-out ones."""
     needs = "label bucket uid prompt target_words story finished"
     found = read_jsonl(run / "eval_stories.jsonl", needs)[0]
     before = [record for record in found if record["label"] == found[0]["label"]]

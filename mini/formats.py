@@ -19,8 +19,7 @@ PAIRWISE = (
     "instruction_following world_and_atmosphere avoids_cliches avoids_verbosity "
     "avoids_poetic_overload"
 ).split()
-ASPECTS = ("Relevance", "Accuracy", "Coherence", "Clarity")
-ASPECTS += ("Breadth and Depth", "Reading Experience")
+ASPECTS = "Relevance|Accuracy|Coherence|Clarity|Breadth and Depth|Reading Experience".split("|")
 
 Measure = Callable[[str, str], tuple[dict[str, float], Any, Any]]
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -394,7 +393,7 @@ def test_one_story_on_the_command_line(world):
     options = ("--no-thinking", "--seed", "5", "--max-new-tokens", "24", "--top-k", "0")
     done = run_eval("story", world / "model", prompt, *options)
     writer = Writer(str(world / "model"), thinking=False)
-    [rollout] = writer.write({"": prompt}, Sampling(max_new_tokens=24, top_k=0), seed=5)
+    [rollout] = writer.write({("", 0): prompt}, Sampling(max_new_tokens=24, top_k=0), seed=5)
     text = writer.read(rollout)[1]
     assert (done.returncode, done.stdout) == (0, text + "\n")
     facts = done.stderr.splitlines()[-1]
@@ -508,65 +507,29 @@ def test_scores_from_a_real_server_and_nothing_paid_twice(tmp_path, capsys):
         for target, ratio in [(1000, 1.0), (2500, 0.8), (9000, 0.5)]
     ]
     rows.append(rows[0] | {"uid": "empty", "story": "", "words": 0})
-    stories = [
-        {key: row[key] for key in ("uid", "prompt", "target_words", "story", "words", "finished")}
-        for row in rows
-    ]
-    write(tmp_path / "stories.jsonl", stories)
-    process, url = judge.start_stand_in()
+    fields = ("uid", "prompt", "target_words", "story", "words", "finished")
+    write(tmp_path / "stories.jsonl", [{key: row[key] for key in fields} for row in rows])
+    log = tmp_path / "server.jsonl"
+    process, url = judge.start_stand_in(log=log)
     try:
-        for calls, cached in ((3, 0), (0, 3)):
-            client = judge.Judge(url, "offline", cache=tmp_path / "cache.sqlite")
-            records = evaluation.score(tmp_path / "stories.jsonl", client)
-            stats = client.stats()
-            client.close()
-            assert (stats["calls"], stats["cached"], stats["failures"]) == (calls, cached, 0)
+        command = ["score", str(tmp_path / "stories.jsonl"), "--judge-model", "offline"]
+        for _ in range(2):
+            assert evaluation.main([*command, "--judge-url", url]) == 0
+            assert len(log.read_text().splitlines()) == 3
     finally:
         process.stdin.close()
         process.wait(10)
-    assert read_jsonl(tmp_path / "stories.scores.jsonl") == (records, False)
-    for r in records[:3]:
-        points = {key: found["score"] for key, found in r["verdict"]["dimensions"].items()}
-        assert r["sq"] == pytest.approx(judge.story_quality(points))
-        assert r["length_ratio"] == r["words"] / r["target_words"]
-    assert (records[3]["sq"], records[3]["verdict"]) == (0.0, None)
+    result = json.loads((tmp_path / "stories.quality.json").read_text())
+    for item in result["items"][:3]:
+        points = {d.key: int(item[d.key]) for d in judge.RUBRIC}
+        assert item["quality"] == pytest.approx(100 * judge.story_quality(points))
+        assert item["length ratio"] == item["words"] / item["target_words"]
+    assert result["items"][3]["quality"] == 0.0 and result["blank"] == 1
     shown = capsys.readouterr().out
-    expected = [
-        ("1k-2k", 2, 2),
-        ("2k-3k", 1, 1),
-        ("8k-12k", 1, 1),
-        ("1-4k", 3, 3),
-        ("8-12k", 1, 1),
-        ("all", 4, 4),
-    ]
-    assert re.findall(r"^ +(\S+) +(\d+) +(\d+) ", shown, re.M)[-6:] == [
-        tuple(map(str, row)) for row in expected
-    ]
-    value = f"{100 * length_table(records)[-1]['slope']:.1f}".replace("-", "−")
-    assert f"slope {value} points per bucket" in shown
-
-
-class Silent:
-    """A judge that never finds a verdict."""
-
-    def submit(self, prompt, story):
-        future = Future()
-        future.set_result(judge.Verdict(error="time-out"))
-        return future
-
-
-def test_failed_verdicts_stay_out_of_the_means(tmp_path, capsys):
-    rows = [make_row(random.Random(i), 0.5, 1500, 1.0) for i in range(3)]
-    write(tmp_path / "s.jsonl", rows)
-    records = evaluation.score(tmp_path / "s.jsonl", Silent())
-    assert [r["sq"] for r in records] == [None] * 3 and length_table(records)[-1]["judged"] == 0
-    assert re.search(r"all +3 +0 +– ", capsys.readouterr().out)
-    (tmp_path / "s.jsonl").write_text("")
-    with pytest.raises(RecordError, match="holds no story"):
-        evaluation.score(tmp_path / "s.jsonl", Silent())
-    write(tmp_path / "s.jsonl", [rows[0], {"prompt": "?", "story": "No length.", "words": 2}])
-    with pytest.raises(RecordError, match="s.jsonl:2: no target_words in it"):
-        evaluation.score(tmp_path / "s.jsonl", Silent())
+    expected = {"1k-2k": 2, "2k-3k": 1, "8k-12k": 1, "ID": 3, "far": 1, "all": 4}
+    found = re.findall(r"^(\S+) +(\d+) ", shown, re.M)
+    assert {name: int(n) for name, n in found[-6:]} == expected
+    assert re.search(r"^slope +", shown, re.M)
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -802,12 +765,12 @@ def test_command_line(tmp_path):
 
 def test_scoring_ends_with_what_happened(tmp_path, capsys):
     """0: judged; 2: nothing was asked; 3: the judge failed, or judged too little."""
-    rows = [make_row(random.Random(i), 0.5, 1500, 1.0) for i in range(4)]
+    rows = [make_row(random.Random(i), 0.5, 1500, 1.0) | {"uid": str(i)} for i in range(4)]
     file = tmp_path / "s.jsonl"
     write(file, rows)
     judge_options = ("--judge-model", "offline", "--judge-price-in", "100", "--judge-retries", "0")
     for faults, status in (("", 0), ("500:1", 3), ("404:1", 3)):
-        for cache in tmp_path.glob("*.sqlite"):
+        for cache in tmp_path.glob("*.judge.jsonl"):
             cache.unlink()
         process, url = judge.start_stand_in(faults=faults)
         try:
@@ -818,7 +781,7 @@ def test_scoring_ends_with_what_happened(tmp_path, capsys):
         assert ended == status
         shown = capsys.readouterr().out
         if faults != "404:1":
-            assert f"judged {0 if faults else 4}/4: 4 calls, $" in shown
+            assert f"judged {0 if faults else 4}/4 stories: 4 judgements, $" in shown
             assert ("$0.00" in shown) == bool(faults)  # a price that reached the client
     url = ("--judge-url", "http://127.0.0.1:9/v1")
     write(tmp_path / "zero.jsonl", [rows[0] | {"target_words": 0}])
@@ -828,7 +791,7 @@ def test_scoring_ends_with_what_happened(tmp_path, capsys):
         ("score", tmp_path / "zero.jsonl", *url, *judge_options): "target_words is 0",
         ("score", file, *url, *judge_options, "--judge-extra", "[]"): "extra",
         ("story", tmp_path / "none", "A fable"): "none: there is no such folder",
-        ("stories", "--model", tmp_path, "--prompts", "p", "--out", "o"): "",
+        ("stories", tmp_path, "--prompts", "p", "--out", "o"): "",
     }
     for command, message in refused.items():
         assert evaluation.main([*map(str, command)]) == 2
