@@ -4,9 +4,10 @@ One process per GPU, or a few on a CPU, as torchrun starts them. Over several no
 sharded inside a node and replicated across (HSDP).
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,9 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        with suppress(OSError):  # glibc alone: a freed layer goes back to the system at once
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 4 << 20)
     shape: tuple[int, ...] = (local_world,)
     names: tuple[str, ...] = ("shard",)
     nodes = dist.get_world_size() // local_world
@@ -61,6 +65,8 @@ def setup(cfg: Config) -> tuple[DeviceMesh, torch.device]:
         names = ("replicate", "shard")
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
 
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 T = TypeVar("T")
 

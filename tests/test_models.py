@@ -6,6 +6,7 @@ status 2, one line, no file.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from test_policy import updates_in_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import World
 
 import polaris
 import policy as policy_file
+from checkpoint import best_step
 from policy import (
     accumulate,
     check_checkpoint,
@@ -357,3 +360,41 @@ def test_a_real_model_needs_a_preset_and_a_temperature(tmp_path, capsys):
     assert "--preset paper" in capsys.readouterr().err
     assert polaris.main(["--temperature", "0"]) == 2
     assert "--temperature 0" in capsys.readouterr().err
+
+
+def main_on_unequal_nodes(argv: list[str]) -> int:
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if os.environ["RANK"] == "2" else "2"
+    return polaris.main(argv)
+
+
+def test_nodes_with_unequal_ranks_are_refused(tmp_path):
+    argv = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    run = World(3, main_on_unequal_nodes, argv, log=tmp_path / "log")
+    assert run.wait() == [2] * 3, run.text()
+    assert run.text().count("nodes have 1 and 2 ranks") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_by_mean_validation_reward(tmp_path):
+    assert best_step(tmp_path) is None
+    rewards = {0: [(0.9, 1), (0.1, 9)], 20: [(0.4, 5), (0.3, 5)], 40: [(None, 0), (0.2, 4)]}
+    records = [
+        {"step": step, "reward": reward, "n": n}
+        for step, buckets in rewards.items()
+        for reward, n in buckets
+    ]
+    (tmp_path / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for step, best in ((40, 40), (0, 40), (20, 20)):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+        assert best_step(tmp_path) == best
+
+
+def test_a_plan_says_what_fits_and_what_would(tokenizer, tmp_path, capsys):
+    path = save(tmp_path / "model", tokenizer, *TRAINED["gemma3"])
+    argv = ["--plan", "--preset", "paper", "--model", str(path), "--ranks", "2", "--card-gb"]
+    assert polaris.main([*argv, "80"]) == 0
+    text = capsys.readouterr().out
+    assert "It fits." in text and "173 steps" in text and "8,304 rows" in text
+    assert polaris.main([*argv, "1.6", "--micro-tokens", "60000", "--no-recompute"]) == 2
+    assert "It does not fit. It does with --" in capsys.readouterr().out
+    assert polaris.main(["--plan", "--preset", "paper", "--model", str(tmp_path)]) == 2

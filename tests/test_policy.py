@@ -236,8 +236,25 @@ def test_an_image_text_checkpoint_comes_back_whole_with_only_its_language_tensor
     stories.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["--preset", "mini", "--model", str(source), "--data", str(stories), "--out", str(out)]
     argv += "--steps 2 --prompts 2 --group 3 --warm-steps 0 --max-response 24".split()
+    # Validation prompts for 1, 3 and 12 times the longest story: the last would grow without bound.
+    longest, held_out = max(e.target_words for e in examples[:8]), tmp_path / "eval.jsonl"
+    asked = [dict(uid=f"e{n}", prompt="Rain.", target_words=n * longest) for n in (1, 3, 12)]
+    held_out.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    argv += ["--eval-data", str(held_out)]
     run = World(2, polaris_main, argv, log=tmp_path / "log")
     assert run.wait() == [0, 0], run.text()
+    assert "2 for validation (1 left out" in run.text()
+    told = [json.loads(line)["bucket"] for line in (out / "evals.jsonl").open()]
+    assert told == ["1x", "3x"] * 2
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert all(m["sampler_gap"] > 0 for m in metrics)  # top-p and top-k leave something out
+
+    again = tmp_path / "again"
+    command = ["--export", str(out / "checkpoints/step-000002"), "--out", str(again)]
+    run = World(1, polaris_main, command, log=tmp_path / "log")
+    assert run.wait() == [0], run.text()
+    exported = tensors_of(again)
+    assert all(torch.equal(t, exported[name]) for name, t in tensors_of(out / "model").items())
 
     before, after = tensors_of(source), tensors_of(out / "model")
     assert before.keys() == after.keys()
