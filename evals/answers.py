@@ -18,24 +18,13 @@ from chat import Unusable
 Scores = dict[str, float]
 
 LONGBENCH_KEYS = (
-    "Relevance",
-    "Accuracy",
-    "Coherence",
-    "Clarity",
-    "Breadth and Depth",
-    "Reading Experience",
+    "Relevance|Accuracy|Coherence|Clarity|Breadth and Depth|Reading Experience".split("|")
 )
 PAIRWISE_KEYS = (
-    "character_authenticity_insight",
-    "interesting_original",
-    "writing_quality",
-    "coherence",
-    "instruction_following",
-    "world_and_atmosphere",
-    "avoids_cliches",
-    "avoids_verbosity",
-    "avoids_poetic_overload",
-)
+    "character_authenticity_insight interesting_original writing_quality coherence "
+    "instruction_following world_and_atmosphere avoids_cliches avoids_verbosity "
+    "avoids_poetic_overload"
+).split()
 FORCED_POETRY = "forced poetry or metaphor"
 
 # ------------------------------------------------------------------------------------- score lines

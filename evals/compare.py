@@ -18,52 +18,60 @@ from rundir import RecordError
 
 Block = tuple[str, str]  # task and number
 COLUMNS = ("ID", "near", "far", "all", "slope")
-PUBLISHED: dict[Block, dict[str, tuple[float | None, ...]]] = {
-    ("quality", "test composite"): {
-        "POLARIS-9B": (57.4, 48.2, 44.1, 52.1, -3.0),
-        "POLARIS-no-HRI-9B": (56.5, 47.0, 37.7, 49.7, -3.8),
-        "Qwen3.5-9B": (35.1, 8.7, -11.8, 18.5, -10.8),
-        "Qwen3.5-27B": (51.5, 38.7, 24.6, 42.8, -5.9),
-        "Gemma 4 31B": (53.9, 49.7, 47.1, None, None),
-    },
-    ("longform", "uniform"): {
-        "POLARIS-9B": (63.1, 57.5, 54.3, 59.8, None),
-        "POLARIS-no-HRI-9B": (62.1, 55.7, 51.6, 58.2, None),
-        "Qwen3.5-9B": (50.2, 37.2, 30.3, 42.6, None),
-    },
-    ("length", "length ratio"): {
-        "POLARIS-9B": (0.99, 0.87, 0.72, 0.90, None),
-        "POLARIS-no-HRI-9B": (0.94, 0.86, 0.70, 0.87, None),
-        "Qwen3.5-9B": (1.09, 0.96, 0.88, 1.01, None),
-        "Qwen3.5-27B": (None, None, 0.82, None, None),
-        "Gemma 4 31B": (None, None, 0.36, None, None),
-    },
-    ("writingbench", "score"): {
-        "POLARIS-9B": (None, None, None, 7.9, None),
-        "POLARIS-no-HRI-9B": (None, None, None, 7.8, None),
-        "Qwen3.5-9B": (None, None, None, 6.8, None),
-    },
-    ("longbench", "S_Q or combined, not said"): {
-        "POLARIS-9B": (None, None, None, 81.2, None),
-        "POLARIS-no-HRI-9B": (None, None, None, 82.1, None),
-        "Qwen3.5-9B": (None, None, None, 67.1, None),
-    },
-    ("creative", "score"): {
-        "POLARIS-9B": (None, None, None, 70.3, None),
-        "POLARIS-no-HRI-9B": (None, None, None, 69.7, None),
-        "Qwen3.5-9B": (None, None, None, 59.2, None),
-    },
-    ("elo", "rating"): {
-        "GPT-5.4": (None, None, None, 1911, None),
-        "Claude Opus 4.6": (None, None, None, 1783, None),
-        "POLARIS-9B": (None, None, None, 1661, None),
-        "Gemini 3.1 Pro": (None, None, None, 1627, None),
-        "Gemini 3 Flash": (None, None, None, 1620, None),
-        "Gemma 4 31B": (None, None, None, 1514, None),
-        "Qwen3.5-27B": (None, None, None, 1503, None),
-        "Qwen3.5-9B": (None, None, None, 1352, None),
-    },
-}
+_PRINTED = """
+quality/test composite
+POLARIS-9B         57.4 48.2  44.1 52.1  -3.0
+POLARIS-no-HRI-9B  56.5 47.0  37.7 49.7  -3.8
+Qwen3.5-9B         35.1  8.7 -11.8 18.5 -10.8
+Qwen3.5-27B        51.5 38.7  24.6 42.8  -5.9
+Gemma-4-31B        53.9 49.7  47.1 - -
+longform/uniform
+POLARIS-9B         63.1 57.5 54.3 59.8 -
+POLARIS-no-HRI-9B  62.1 55.7 51.6 58.2 -
+Qwen3.5-9B         50.2 37.2 30.3 42.6 -
+length/length ratio
+POLARIS-9B         0.99 0.87 0.72 0.90 -
+POLARIS-no-HRI-9B  0.94 0.86 0.70 0.87 -
+Qwen3.5-9B         1.09 0.96 0.88 1.01 -
+Qwen3.5-27B        - - 0.82 - -
+Gemma-4-31B        - - 0.36 - -
+writingbench/score
+POLARIS-9B         - - - 7.9 -
+POLARIS-no-HRI-9B  - - - 7.8 -
+Qwen3.5-9B         - - - 6.8 -
+longbench/S_Q or combined, not said
+POLARIS-9B         - - - 81.2 -
+POLARIS-no-HRI-9B  - - - 82.1 -
+Qwen3.5-9B         - - - 67.1 -
+creative/score
+POLARIS-9B         - - - 70.3 -
+POLARIS-no-HRI-9B  - - - 69.7 -
+Qwen3.5-9B         - - - 59.2 -
+elo/rating
+GPT-5.4            - - - 1911 -
+Claude-Opus-4.6    - - - 1783 -
+POLARIS-9B         - - - 1661 -
+Gemini-3.1-Pro     - - - 1627 -
+Gemini-3-Flash     - - - 1620 -
+Gemma-4-31B        - - - 1514 -
+Qwen3.5-27B        - - - 1503 -
+Qwen3.5-9B         - - - 1352 -"""
+
+
+def _published() -> dict[Block, dict[str, tuple[float | None, ...]]]:
+    """{(task, number): {model: values by COLUMNS}}; None: not printed."""
+    found: dict[Block, dict[str, tuple[float | None, ...]]] = {}
+    for line in _PRINTED.strip().splitlines():
+        task, slash, number = line.partition("/")
+        if slash:
+            rows = found[task, number] = {}
+        else:
+            model, *cells = line.split()
+            rows[model] = tuple(None if cell == "-" else float(cell) for cell in cells)
+    return found
+
+
+PUBLISHED = _published()
 DIGITS = {"length": 2, "writingbench": 1, "elo": 0}
 MUST_AGREE = {
     "judge": "judges",
@@ -128,9 +136,8 @@ def blocks_of(results: Sequence[dict]) -> dict[Block, dict[str, dict]]:
 def _numbers(result: dict) -> list[str]:
     if result["task"] == "elo":
         return ["rating"]
-    cells = result["table"][0]
-    numbers = [name for name in cells if name not in ("bucket", "n")]
-    return [n for n in numbers if n != "length ratio" or result["task"] == "length"]
+    hidden = {"bucket", "n"} | ({"length ratio"} if result["task"] != "length" else set())
+    return [name for name in result["table"][0] if name not in hidden]
 
 
 def mixed(rows: dict[str, dict]) -> list[str]:
@@ -188,7 +195,7 @@ def _lines(block: Block, rows: dict[str, dict], published: bool) -> list[list[st
         for result in rows.values():
             of_result = sorted(result["ratings"], key=lambda row: row["model"])
             lines += [[row["model"], stats.shown(row, digits)] for row in of_result]
-        theirs = {m: (row[3],) for m, row in PUBLISHED[block].items()}
+        theirs = {m: [row[3]] for m, row in PUBLISHED[block].items()}
     else:
         tables = {model: {row["bucket"]: row for row in r["table"]} for model, r in rows.items()}
         buckets = list(dict.fromkeys(b for table in tables.values() for b in table))
@@ -200,7 +207,7 @@ def _lines(block: Block, rows: dict[str, dict], published: bool) -> list[list[st
             cells = [stats.shown(table[b][number], digits) if b in table else "–" for b in columns]
             lines.append([model, f"{judged}/{rows[model]['stories']}", *cells])
         ends = {model: dict(zip(COLUMNS, row, strict=True)) for model, row in _theirs(block)}
-        theirs = {m: (None, *(row.get(b) for b in columns)) for m, row in ends.items()}
+        theirs = {m: [None, *(row.get(b) for b in columns)] for m, row in ends.items()}
     if published:
         for model, cells_of in theirs.items():
             lines.append([f"{model} (published)", *(show(x, digits) for x in cells_of)])
@@ -252,7 +259,7 @@ def compare(paths: Sequence[str], *, published: bool, how: str, strict: bool) ->
     notes = list(dict.fromkeys(notes))
     if strict and notes:
         raise ValueError(f"--strict: {'; '.join(notes)}")
-    empty = {block: {} for block in PUBLISHED} if not paths else {}
+    empty: dict[Block, dict] = {} if paths else {block: {} for block in PUBLISHED}
     for block, rows in {**blocks, **empty}.items():
         lines = _lines(block, rows, published)
         if marks.get(block):

@@ -161,47 +161,23 @@ what decides your ratings, with examples from the text
 [Scores]
 one line for each criterion, with its name as above: name: number"""
 
-LONGFORM = (
-    "Nuanced Characters",
-    "Emotionally Engaging",
-    "Compelling Plot",
-    "Coherent",
-    "Well-earned Lightness or Darkness",
-    "Faithful to Writing Prompt",
+LONGFORM = tuple(
+    "Nuanced Characters|Emotionally Engaging|Compelling Plot|Coherent|"
+    "Well-earned Lightness or Darkness|Faithful to Writing Prompt".split("|")
 )
-LONGFORM_LOWER = (
-    "Weak Dialogue",
-    "Tell-Don't-Show",
-    "Unsurprising or Uncreative",
-    "Amateurish",
-    "Purple Prose",
-    "Forced Poetry or Metaphor",
+LONGFORM_LOWER = tuple(
+    "Weak Dialogue|Tell-Don't-Show|Unsurprising or Uncreative|Amateurish|Purple Prose|"
+    "Forced Poetry or Metaphor".split("|")
 )
-CREATIVE = (
-    "Adherence to Instructions",
-    "Believable Character Actions",
-    "Nuanced Characters",
-    "Consistent Voice/Tone of Writing",
-    "Imagery and Descriptive Quality",
-    "Elegant Prose",
-    "Emotionally Engaging",
-    "Emotionally Complex",
-    "Coherent",
-    "Well-earned Lightness or Darkness",
-    "Sentences Flow Naturally",
-    "Overall Reader Engagement",
-    "Overall Impression",
+CREATIVE = tuple(
+    "Adherence to Instructions|Believable Character Actions|Nuanced Characters|"
+    "Consistent Voice/Tone of Writing|Imagery and Descriptive Quality|Elegant Prose|"
+    "Emotionally Engaging|Emotionally Complex|Coherent|Well-earned Lightness or Darkness|"
+    "Sentences Flow Naturally|Overall Reader Engagement|Overall Impression".split("|")
 )
-CREATIVE_LOWER = (
-    "Meandering",
-    "Weak Dialogue",
-    "Tell-Don't-Show",
-    "Unsurprising or Uncreative",
-    "Amateurish",
-    "Purple Prose",
-    "Overwrought",
-    "Incongruent Ending Positivity",
-    "Unearned Transformations",
+CREATIVE_LOWER = tuple(
+    "Meandering|Weak Dialogue|Tell-Don't-Show|Unsurprising or Uncreative|Amateurish|Purple Prose|"
+    "Overwrought|Incongruent Ending Positivity|Unearned Transformations".split("|")
 )
 
 
@@ -302,60 +278,24 @@ def _longbench(task: Task, story: Story, found: list[Scores]) -> Scores:
 
 # -------------------------------------------------------------------------------------------- tasks
 
-_LISTS = ("prompt", "story", "criteria", "lower")
-_EQ_BENCH: dict[str, Any] = {
-    "template": Template(_CRITERIA_PROMPT),
-    "knows": _LISTS,
-    "json": False,
-    "answer_tokens": 900,
-}
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "quality",
-            _ask_quality,
-            _quality,
-            ("quality", "test composite"),
-            answer_tokens=2000,
-            blank_is_0=True,
-        ),
-        Task(
-            "longform",
-            _ask_criteria,
-            _longform,
-            ("weighted", "uniform"),
-            criteria=LONGFORM + LONGFORM_LOWER,
-            negative=LONGFORM_LOWER,
-            weights={answers.FORCED_POETRY: 5.0},
-            **_EQ_BENCH,
-        ),
-        Task(
-            "creative",
-            _ask_criteria,
-            _creative,
-            ("score",),
-            criteria=CREATIVE + CREATIVE_LOWER,
-            negative=CREATIVE_LOWER,
-            **_EQ_BENCH,
-        ),
-        Task(
-            "writingbench",
-            _ask_checklist,
-            _writingbench,
-            ("score",),
-            Template(_CRITERION_PROMPT),
-            needs=("prompt", "story", "criterion"),
-            knows=("prompt", "story", "criterion"),
-            answer_tokens=150,
-        ),
-        Task(
-            "longbench",
-            _ask_longbench,
-            _longbench,
-            ("combined", "S_Q", "S_L"),
-            Template(_LONGBENCH_PROMPT, style="$$"),
-            answer_tokens=200,
-        ),
-    )
-}
+_EQ_BENCH: dict[str, Any] = dict(
+    template=Template(_CRITERIA_PROMPT),
+    knows=("prompt", "story", "criteria", "lower"),
+    json=False,
+    answer_tokens=900,
+)
+_BENCH = ("prompt", "story", "criterion")
+_ALL = (
+    Task("quality", _ask_quality, _quality, ("quality", "test composite"),
+         answer_tokens=2000, blank_is_0=True),
+    Task("longform", _ask_criteria, _longform, ("weighted", "uniform"),
+         criteria=LONGFORM + LONGFORM_LOWER, negative=LONGFORM_LOWER,
+         weights={answers.FORCED_POETRY: 5.0}, **_EQ_BENCH),
+    Task("creative", _ask_criteria, _creative, ("score",),
+         criteria=CREATIVE + CREATIVE_LOWER, negative=CREATIVE_LOWER, **_EQ_BENCH),
+    Task("writingbench", _ask_checklist, _writingbench, ("score",), Template(_CRITERION_PROMPT),
+         needs=_BENCH, knows=_BENCH, answer_tokens=150),
+    Task("longbench", _ask_longbench, _longbench, ("combined", "S_Q", "S_L"),
+         Template(_LONGBENCH_PROMPT, style="$$"), answer_tokens=200),
+)  # fmt: skip
+TASKS = {task.name: task for task in _ALL}

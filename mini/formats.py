@@ -13,13 +13,9 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+from evals.answers import LONGBENCH_KEYS, PAIRWISE_KEYS
+
 SPOILS = ("prose", "half", "array", "empty")
-PAIRWISE = (
-    "character_authenticity_insight interesting_original writing_quality coherence "
-    "instruction_following world_and_atmosphere avoids_cliches avoids_verbosity "
-    "avoids_poetic_overload"
-).split()
-ASPECTS = "Relevance|Accuracy|Coherence|Clarity|Breadth and Depth|Reading Experience".split("|")
 
 Measure = Callable[[str, str], tuple[dict[str, float], Any, Any]]
 
@@ -47,7 +43,7 @@ def answer(text: str, measure: Measure) -> str | None:
         stories = [_inside(text, f"STORY OF {letter}") or "" for letter in "AB"]
         better = level(stories[0]) - level(stories[1])
         verdict: dict[str, Any] = {"chain_of_thought_reasoning": "Text statistics."}
-        for key in PAIRWISE:  # antisymmetric: the order shown changes nothing
+        for key in PAIRWISE_KEYS:  # antisymmetric: the order shown changes nothing
             tilt = _noise(key, stories[0]) - _noise(key, stories[1])
             points = 20 * better + tilt
             verdict[key] = marks[0 if points >= 0 else 1] + "+" * min(5, 1 + int(abs(points)))
@@ -64,7 +60,7 @@ def answer(text: str, measure: Measure) -> str | None:
         return "[Analysis]\nText statistics.\n\n[Scores]\n" + "\n".join(lines)
     if "Breadth and Depth" in text or "Breadth_and_Depth" in text:
         ratings = {}
-        for name in ASPECTS:
+        for name in LONGBENCH_KEYS:
             share = level(story) + 0.1 * _noise(name, story)
             ratings[name] = min(5, max(1, round(1 + 4 * share)))
         return json.dumps({"Analysis": "Text statistics.", **ratings})
