@@ -37,7 +37,6 @@ rollouts, LoRA.
 import argparse
 import math
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -61,7 +60,7 @@ from chat import ChatStop
 from checkpoint import resume, save_before_stop, save_step
 from config import Config, ConfigError, parse, saved_values, unflatten
 from data import DataError, Example
-from evals.report import print_summary, report
+from evals.report import judged_twice, print_summary, report
 from grpo import anchor_weight
 from health import COLLAPSE
 from judge import Judge, Verdict, agreement, judges_part
@@ -300,13 +299,8 @@ def validate(run: Run, step: int, label: str) -> None:
                 append(run.out / "eval_stories.jsonl", head | record(row))
 
     if run.rank == 0 and run.eval_judge:
-        lines = read_jsonl(run.out / "evals.jsonl")[0]
-        judged = [line for line in lines if line.get("eval_judge_sq") is not None]
-        history = []
-        for at in dict.fromkeys(line["step"] for line in judged):
-            both = [line for line in judged if line["step"] == at]
-            first = statistics.fmean(line["judge_sq"] for line in both)
-            history.append((first, statistics.fmean(line["eval_judge_sq"] for line in both)))
+        twice = judged_twice(read_jsonl(run.out / "evals.jsonl")[0])
+        history = [(row["judge_sq"], row["eval_judge_sq"]) for row in twice]
         if warning := judges_part(history):
             say(run.out, f"warning (judges_part): {warning}")
 

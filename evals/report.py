@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evals.length import slope
-from judge import RUBRIC
+from judge import RUBRIC, judges_part
 from rundir import RecordError, mean, read_jsonl, write
 
 # Shown as ⟨code⟩: control characters, lone surrogates (UTF-8 has no form for them), noncharacters,
@@ -141,6 +141,17 @@ def gallery(rows: list[dict]) -> list[list[dict]]:
     return [pair for prompts in buckets.values() for pair in [*prompts.values()][:2]]
 
 
+def judged_twice(evals: list[dict]) -> list[dict]:
+    """Story Quality by both judges at each validation, from rows of evals.jsonl."""
+    rows = [row for row in evals if row.get("eval_judge_sq") is not None]
+    twice = []
+    for step in dict.fromkeys(row["step"] for row in rows):
+        here = [row for row in rows if row["step"] == step]
+        both = {name: mean(row[name] for row in here) for name in ("judge_sq", "eval_judge_sq")}
+        twice.append({"step": step, **both})
+    return twice
+
+
 def report(run_dir: str | Path) -> Path:
     """Write RUN_DIR/report.html, a page without scripts that loads nothing; returns its path.
 
@@ -173,6 +184,12 @@ def report(run_dir: str | Path) -> Path:
     if config.get("judge_model") == "offline":
         stand_in = "The judge was the offline stand-in, made of text statistics"
         notes.append(f"{stand_in}: no measure of literary merit.")
+    for line in metrics:
+        for name, text in line.get("warnings", {}).items():
+            notes.append(f"Warning from step {line['step']} on ({name}): {text}.")
+    twice = judged_twice(evals)
+    if parted := judges_part([(row["judge_sq"], row["eval_judge_sq"]) for row in twice]):
+        notes.append(f"Warning (judges_part): {parted}.")
     parts = [part for part in (metrics[0]["time"] if metrics else ()) if part != "step"]
     page = PAGES.get_template("report.html").render(
         name=run.resolve().name,
@@ -180,6 +197,7 @@ def report(run_dir: str | Path) -> Path:
         ends=ends,
         tables=[{row["bucket"]: row for row in evals if row["label"] == end} for end in ends],
         metrics=metrics,
+        twice=twice,
         times=[line["time"] | {"step": line["step"]} for line in metrics],
         parts={part.replace("_", " "): part for part in parts},
         pairs=pairs,
