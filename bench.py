@@ -485,6 +485,9 @@ class AnyToken:
     def __call__(self, *args, **kwargs):
         return self.tokenizer(*args, **kwargs)
 
+    def get_vocab(self):
+        return {"any": sys.maxsize - 1}
+
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 

@@ -5,8 +5,8 @@ step of Qwen3.5-9B (32 layers, 10 rows, with sampling), counted:
 
                                 kernels   sweeps over a state   programs a head's cache
     transformers' own modules     2,232            13                      1
-    here, in torch                1,569             5                      1
-    here, in Triton, on a GPU       743             2            1 per 256 positions
+    here, in torch                1,573             5                      1
+    here, in Triton, on a GPU       747             2            1 per 256 positions
 
 Attention of one token over the S positions of a row's cache, in parts P of 256 positions, so that
 ten rows still fill a GPU (as flash-decoding does):

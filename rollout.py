@@ -228,7 +228,8 @@ class Decoder:
         self.weights = [p.data_ptr() for p in model.parameters()]  # what captured graphs read
         self.device = device = model.device
         config: Any = model.config.get_text_config(decoder=True)
-        self.vocab = vocab or config.vocab_size
+        self.head = config.vocab_size
+        self.vocab = min(vocab or self.head, self.head)
         # Where all layers have windows, a model takes one mask, else one for each kind of layer.
         kinds = getattr(config, "layer_types", None) or ()
         self.window = getattr(config, "sliding_window", None)
@@ -359,7 +360,7 @@ class Decoders:
             fits = rows <= d.rows and length <= d.length
             fits = fits and d.rows * d.length <= 2 * rows * length
             same = d.model is model and d.weights == [p.data_ptr() for p in model.parameters()]
-            same = same and vocab in (0, d.vocab)
+            same = same and d.vocab == min(vocab or d.head, d.head)
             if fits and same and d.sampling == replace(sampling, max_new_tokens=d.length):
                 return d
         self.held = d = None  # frees the old tensors before the new ones are made

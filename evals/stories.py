@@ -74,9 +74,9 @@ class Writer:
         self, ids: list[list[int]], seeds: list[int], sampling: Sampling, **more: Any
     ) -> list[Rollout]:
         """What the model writes after these tokens."""
-        also = self.lm.generation_config.eos_token_id or []
-        eos = {self.tokenizer.eos_token_id, *([also] if isinstance(also, int) else also)}
-        return generate(self.lm, ids, seeds, sampling, eos, **more)
+        eos = data.stop_tokens(self.tokenizer, self.lm.generation_config, self.thinking)
+        vocab = max(self.tokenizer.get_vocab().values()) + 1
+        return generate(self.lm, ids, seeds, sampling, eos, vocab=vocab, **more)
 
     def read(self, rollout: Rollout) -> tuple[str, str]:
         """(thinking, story) of a response, or of what there is of it."""
