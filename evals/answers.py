@@ -17,8 +17,8 @@ from chat import Unusable
 
 Scores = dict[str, float]
 
-LONGBENCH_KEYS = (
-    "Relevance|Accuracy|Coherence|Clarity|Breadth and Depth|Reading Experience".split("|")
+LONGBENCH_KEYS = "Relevance|Accuracy|Coherence|Clarity|Breadth and Depth|Reading Experience".split(
+    "|"
 )
 PAIRWISE_KEYS = (
     "character_authenticity_insight interesting_original writing_quality coherence "

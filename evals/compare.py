@@ -177,8 +177,7 @@ def differences(first: dict, other: dict, number: str) -> stats.Cell:
     bucket = {item["uid"]: item.get("bucket") for item in first["items"]}
     shared = sorted(set(means[0]) & set(means[1]))
     items = [
-        {"uid": uid, "bucket": bucket[uid], number: means[1][uid] - means[0][uid]}
-        for uid in shared
+        {"uid": uid, "bucket": bucket[uid], number: means[1][uid] - means[0][uid]} for uid in shared
     ]
     return stats.Units(items).cell(number)
 

@@ -195,9 +195,7 @@ def _audit(
     return found
 
 
-def _notes(
-    models: dict[str, str], files: dict[str, str], drawn: dict[str, list[Row]]
-) -> list[str]:
+def _notes(models: dict[str, str], files: dict[str, str], drawn: dict[str, list[Row]]) -> list[str]:
     """What the numbers do not say."""
     notes = []
     if "control" not in models:
