@@ -15,7 +15,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -1644,6 +1646,15 @@ def test_serve_with_the_openai_client():
             and reply.choices[0].finish_reason == "stop"
             and reply.model == "offline"
         )
+        assert [model.id for model in api.models.list()]
+        pieces = api.chat.completions.create(model="offline", messages=messages, stream=True)
+        streamed = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+        assert judge.parse_verdict(streamed, TALE).score == sq(TALE)
+        # 64 calls at once
+        with ThreadPoolExecutor(64) as pool:
+            ask = partial(api.chat.completions.create, model="offline", messages=messages)
+            replies = [future.result() for future in [pool.submit(ask) for _ in range(64)]]
+        assert len({r.choices[0].message.content for r in replies}) == 1
         # a story on its own, in parts
         parts = [{"role": "user", "content": [{"type": "text", "text": TALE}]}]
         reply = api.chat.completions.create(model="offline", messages=parts)
