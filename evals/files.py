@@ -233,7 +233,7 @@ def read_stories(path: str | Path, prompts: Iterable[Prompt] = ()) -> list[Story
             prompt.target_words if target is None and prompt else target,
             row.get("finished"),
             str(by or ""),
-            more.get("bucket"),
+            str(more["bucket"]) if more.get("bucket") else None,
             _checklist(more.get("checklist"), where),
         )
         if stories and stories[0].model != story.model:
