@@ -243,17 +243,15 @@ def main(argv: list[str]) -> int:
 def remedy(model: PretrainedConfig, cfg: Config, ranks: int, device: str, room: float) -> str:
     """The first change that makes a run fit, in a sentence."""
     row = cfg.max_prompt + cfg.reward.max_response
-    tries: list[tuple[str, Config, int]] = [("--recompute", replace(cfg, recompute=True), ranks)]
-    tries += [(f"--micro-tokens {row}", replace(cfg, recompute=True, micro_tokens=row), ranks)]
+    lean = replace(cfg, recompute=True, micro_tokens=row)
+    tries = [("--recompute", replace(cfg, recompute=True), ranks)]
+    tries.append((f"--recompute --micro-tokens {row}", lean, ranks))
+    for n in (2, 4, 8) if device == "cuda" else ():
+        tries.append((f"--micro-tokens {row} on {ranks * n} GPUs", lean, ranks * n))
     for n in (2, 4, 8):
-        text = f"--ranks {ranks * n} and --micro-tokens {row}"
-        more = f"more ranks ({text})" if device == "cuda" else "more memory"
-        tries.append((more, tries[1][1], ranks * n if device == "cuda" else ranks))
-    for n in (2, 4):
-        shorter = replace(cfg.reward, max_response=cfg.reward.max_response // n)
-        small = replace(tries[1][1], reward=shorter, micro_tokens=row // n)
-        options = f"--max-response {shorter.max_response} --micro-tokens {row // n} --recompute"
-        tries.append((options, small, ranks))
+        limit = cfg.reward.max_response // n
+        short = replace(lean, micro_tokens=1, reward=replace(cfg.reward, max_response=limit))
+        tries.append((f"--recompute --micro-tokens 1 --max-response {limit}", short, ranks))
     for text, changed, n in tries:
         if peak(memory(model, changed, n, device=device))[0] <= room:
             return f"It does with {text}."
@@ -273,10 +271,10 @@ def costs(cfg: Config) -> str:
         n_evals = sum(bool(line.strip()) for line in open(cfg.eval_data, encoding="utf-8"))
     steps = cfg.steps or n_pairs // cfg.prompts
     rows = steps * cfg.prompts * cfg.group
+    human = steps * cfg.prompts if cfg.anchor else 0  # of these rows
     validations = 2 + ((steps - 1) // cfg.eval_every if cfg.eval_every else 0)
     # Anchors are judged once, however often they are met.
-    anchors = min(n_pairs, steps * cfg.prompts) if cfg.anchor else 0
-    calls = rows - steps * cfg.prompts * cfg.anchor + anchors + n_evals * validations
+    calls = rows - human + min(n_pairs, human) + n_evals * validations
     story = sum(words) / len(words) * 4 / 3  # tokens
     asked = sum(len(m["content"]) for m in judge_messages("", "", "")) / 4 + story
     dollars = calls * (asked * cfg.judge.price_in + ANSWER * cfg.judge.price_out) / 1e6

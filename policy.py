@@ -209,13 +209,11 @@ def check_checkpoint(path: Path, reach: int) -> int:
 
 def unfit(config: Any, text: Any, lm: Any, reach: int) -> str:
     """Why a model cannot be trained here, from its config; "" if nothing speaks against it."""
-    layers = getattr(getattr(lm, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(
-        lm.get_output_embeddings(), nn.Linear
-    ):
-        return "keeps no list of layers in model.layers or no linear head: polaris needs both"
-    if lm.get_output_embeddings() is not getattr(lm, "lm_head", None):
-        return "has its head elsewhere than in lm_head"
+    layers, head = getattr(getattr(lm, "model", None), "layers", None), getattr(lm, "lm_head", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(head, nn.Linear):
+        return (
+            "does not keep its layers in model.layers and its head in lm_head: polaris needs both"
+        )
     if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
         return "is quantised (quantization_config): take the checkpoint in bf16"
     if getattr(text, "attn_logit_softcapping", None):
@@ -346,12 +344,8 @@ def check_policy(policy: Policy, copy: Any, ids: list[int]) -> float:
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass the root would stay gathered
     if not worst / size <= 1e-5:
-        what = (
-            f"{type(copy).__name__} does something in training, or around its head, that is unknown"
-        )
-        raise ModelError(
-            f"{what} here: log-probs differ by {worst / size:.0e} of its largest logit"
-        )
+        how = f"its log-probs and the policy's differ by {worst / size:.0e} of its largest logit"
+        raise ModelError(f"{type(copy).__name__} does what is unknown here: {how}")
     return worst / size
 
 

@@ -142,7 +142,7 @@ REFUSED = {
     "mixtral": ("Mixtral", dict(num_local_experts=4), None, "experts one by one"),
     "gemma2": ("Gemma2", dict(sliding_window=64), None, "caps its attention"),
     "chunked": ("Llama", {}, configured(attention_chunk_size=8), "chunked_attention"),
-    "an unknown scale": ("Granite", dict(logits_scaling=2.0), "unscaled", "log-probs differ"),
+    "an unknown scale": ("Granite", dict(logits_scaling=2.0), "unscaled", "of its largest logit"),
     "both tied": (
         "Llama",
         dict(tie_word_embeddings=True),

@@ -167,10 +167,8 @@ def test_killed_anywhere_and_resumed_equals_never_killed_bit_for_bit(stories, tm
         load_file(broken / "model" / "model.safetensors"),
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
-        "step-000004",
-        "step-000006",
-    ]
+    kept = {p.name for p in (broken / "checkpoints").iterdir()}
+    assert kept - {"step-000000"} == {"step-000004", "step-000006"}  # 0: while it is the best
 
     # Ranks see the same prompts and write the same stories, however many they are.
     run = World(
