@@ -39,6 +39,7 @@ SAMPLING = {  # the defaults of rollout.Sampling, and room for thinking and 12,0
     "top_k": 20,
     "repetition_penalty": 1.1,
     "max_new_tokens": 32768,
+    "min_p": 0.0,
 }
 JUDGE = ChatOptions(key_env="JUDGE_API_KEY")
 
@@ -90,8 +91,6 @@ def elo_command(args: argparse.Namespace) -> int:
 def stories_command(args: argparse.Namespace) -> int:
     from evals.stories import Sampling, Writer, stories
 
-    if not args.url and args.min_p:
-        raise ValueError("--min-p: rollout.py does not sample by it; only a server, with --url")
     given = {name: x for name in SAMPLING if (x := getattr(args, name)) is not None}
     sampling = {**SAMPLING, **given}
     chosen = {"samples": args.samples, "domain": args.domain, "lang": args.lang}
@@ -105,8 +104,7 @@ def stories_command(args: argparse.Namespace) -> int:
     body = {name: sampling[name] for name in ("temperature", "top_p")}
     body["max_tokens"] = sampling["max_new_tokens"]
     # OpenAI's own servers refuse these, others know them: sent where they were asked for
-    body |= {name: given[name] for name in ("top_k", "repetition_penalty") if name in given}
-    body |= {"min_p": args.min_p} if args.min_p else {}
+    body |= {n: given[n] for n in ("top_k", "repetition_penalty", "min_p") if n in given}
     options = ChatOptions(args.url, args.model, args.key_env, args.extra, args.rows)
     prompts = files.read_prompts(args.prompts, args.domain, args.lang)
     return serve_stories(options, body, args.seed, prompts, args.out, args.samples)
@@ -185,7 +183,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--url", default="", help="OpenAI-style base URL of a server that writes")
     add("--key-env", default="WRITER_API_KEY", help="environment variable of its key")
     add("--extra", default="{}", help="JSON object added to every request to it")
-    add("--min-p", type=float, default=0.0, help="least share of the likeliest; with --url")
     _writing_options(story)
     _writing_options(stories)
 

@@ -61,11 +61,14 @@ class Sampling:
     top_k: int = 20  # 0: off
     repetition_penalty: float = 1.10  # 1: off
     max_new_tokens: int = 8192
+    min_p: float = 0.0  # least share of the likeliest token's probability; 0: off
 
     def __post_init__(self) -> None:
         at_least_0 = self.temperature >= 0 and self.top_k >= 0
-        if not (at_least_0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):
+        shares = 0 < self.top_p <= 1 and 0 <= self.min_p < 1
+        if not (at_least_0 and shares and self.repetition_penalty > 0):
             needs = "temperature >= 0, 0 < top_p <= 1, top_k >= 0, repetition_penalty > 0"
+            needs += ", 0 <= min_p < 1"
             raise ValueError(f"needs {needs}: {self}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: nothing to generate")
@@ -122,6 +125,8 @@ def sample(logits: Tensor, seen: Tensor, u: Tensor, s: Sampling) -> tuple[Tensor
     prob = (top / s.temperature).softmax(-1)
     cdf = prob.cumsum(-1)
     kept = (cdf - prob < s.top_p).sum(-1, keepdim=True)
+    if s.min_p:
+        kept = kept.minimum((prob >= s.min_p * prob[:, :1]).sum(-1, keepdim=True))
     kept = kept.clamp(min=1)  # 0 only if the logits are NaN, which `Decoder.finite` reports
     mass = cdf.gather(-1, kept - 1)
     choice = (cdf <= u * mass).sum(-1, keepdim=True)

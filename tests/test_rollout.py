@@ -482,6 +482,24 @@ def test_on_finish_and_on_tokens(hybrid):
     assert all(r.finished or len(r.ids) == 60 for r in out)
 
 
+def test_min_p_leaves_tokens_out_by_their_share_of_the_likeliest():
+    logits = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)) * 2
+    u = torch.rand(400, 1, generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(400, 50, dtype=torch.bool)
+    prob = logits.softmax(-1)
+    for share in (0.1, 0.5, 0.9):
+        s = Sampling(1.0, 1.0, 0, 1.0, min_p=share)
+        token, logq = sample(logits, seen, u, s)
+        kept = prob >= share * prob.amax(-1, keepdim=True)
+        drawn = prob.gather(-1, token)
+        assert kept.gather(-1, token).all()
+        mass = (prob * kept).sum(-1, keepdim=True)
+        torch.testing.assert_close(logq.exp(), drawn / mass)
+    assert len(sample(logits, seen, u, Sampling(1.0, 1.0, 0, 1.0, min_p=0.1))[0].unique()) > 10
+    with pytest.raises(ValueError, match="min_p"):
+        Sampling(min_p=1.0)
+
+
 def test_small_cases(hybrid):
     assert generate(hybrid, [], [], GREEDY, 1) == []
     one = Sampling(max_new_tokens=1)
