@@ -183,6 +183,16 @@ BEGUN = {
 }
 
 
+# What polaris.py does besides training; it looks for these before it reads the options of a run.
+INSTEAD = {
+    "--status": ("RUN", "print where a run is"),
+    "--plan": (None, "print what the run of these options would hold, take and cost"),
+    "--card-gb": ("GIB", "with --plan: of a GPU [the one that is here]"),
+    "--ranks": ("N", "with --plan: ranks [torchrun's, or 4]"),
+    "--export": ("CHECKPOINT", "write the model of RUN/checkpoints/step-N to the new folder --out"),
+}
+
+
 @dataclass(frozen=True)
 class Option:
     """A knob as the command line and config.json know it."""
@@ -248,7 +258,9 @@ def parse(argv: list[str], complete: bool = True) -> Config:
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         allow_abbrev=False,
     )
-    parser.add_argument("--status", metavar="RUN", help="print where a run is, and nothing else")
+    instead = parser.add_argument_group("instead of a run")
+    for flag, (metavar, text) in INSTEAD.items():
+        instead.add_argument(flag, nargs="?", metavar=metavar, help=text)
     groups: dict[str, Any] = {}
     for o in options():
         if o.group not in groups:
@@ -268,8 +280,8 @@ def parse(argv: list[str], complete: bool = True) -> Config:
                 help=text,
             )
     given = vars(parser.parse_args(argv))
-    if "status" in given:
-        parser.error("--status RUN stands alone")
+    if stray := [flag for flag in INSTEAD if flag.strip("-").replace("-", "_") in given]:
+        parser.error(f"{stray[0]} does not go with these options")
     if given.get("model") and not given.get("resume") and "preset" not in given:
         raise ConfigError(
             f"--model {given['model']}: name the preset, too: --preset paper for a real model "
