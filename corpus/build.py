@@ -173,7 +173,10 @@ def build(args: argparse.Namespace) -> None:
         use = "train with --no-anchor, or use them to evaluate"
         print(f"{args.out}: {len(examples)} prompts without stories; {use}")
         return
-    llm = options_from(vars(args), "llm")
+    try:
+        llm = options_from(vars(args), "llm")
+    except ValueError as error:
+        raise DataError(f"an --llm option cannot be used: {error}") from None
     writer = Writer(llm, Path(f"{args.out}.llm")) if args.prompts == "llm" else None
 
     examples, books, problems = collect(args.books, args.min_words, args.max_words, args.show)

@@ -89,7 +89,7 @@ class Writer:
     def __init__(self, options: ChatOptions, cache: Path) -> None:
         try:
             extra = {"temperature": 0.7, **options.extra_body}
-            self.client = replace(options, extra=json.dumps(extra)).open(Chat)
+            self.client = replace(options, extra=json.dumps(extra)).open(Chat, prefix="llm")
         except ValueError as error:
             raise DataError(f"an --llm option cannot be used: {error}") from None
         self.options = options

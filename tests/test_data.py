@@ -950,7 +950,7 @@ def test_a_renamed_option_is_refused_by_a_line_that_names_the_new_one(old, tmp_p
     "options, message",
     [
         (["--llm-url", "http://user:pass@127.0.0.1/v1"], "without user, key or query"),
-        (["--llm-extra", "[1]"], "extra is no JSON object"),
+        (["--llm-extra", "[1]"], "extra.*write a JSON object"),
     ],
 )
 def test_llm_options_are_checked_before_a_book_is_read(tmp_path, books, capsys, options, message):
