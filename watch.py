@@ -37,6 +37,9 @@ def follow_launcher() -> None:
     launcher = os.getppid()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
+    command = Path(f"/proc/{launcher}/cmdline")
+    if command.exists() and b"python" not in command.read_bytes().split(b"\0")[0]:
+        sys.exit("polaris: the launcher is gone")  # while we were still loading
 
     def look() -> None:
         while os.getppid() == launcher:

@@ -50,6 +50,14 @@ def torchrun(*argv: str, ranks: int = 2, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, **pipe, **options)
 
 
+def test_a_rank_whose_launcher_went_while_it_was_loading_ends():
+    code = "import watch; watch.follow_launcher(); print('goes on')"
+    command = ["sh", "-c", f'{sys.executable} -c "{code}"; true']  # its parent is a shell
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.stdout == "" and "the launcher is gone" in run.stderr
+
+
 def parent(pid: str) -> str:
     """Parent of a living process; "" for one that is gone."""
     try:
