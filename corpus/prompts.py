@@ -10,7 +10,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -169,7 +169,9 @@ class Writer:
         dropped: Counter[str] = Counter()
         failed = []
         with ThreadPoolExecutor(self.options.concurrency) as pool:
-            futures = [pool.submit(self.rewrite, example) for example in examples]
+            first = [pool.submit(self.rewrite, example) for example in examples[:1]]
+            wait(first)  # a probe: a server that refuses us is asked once
+            futures = first + [pool.submit(self.rewrite, example) for example in examples[1:]]
             for future in tqdm(futures, desc="prompts", unit="story"):
                 try:
                     made.append(future.result())

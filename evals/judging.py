@@ -104,7 +104,11 @@ class Asker:
             extra = json.dumps({**self.parameters, **self.options.extra_body})
             options = dataclasses.replace(self.options, extra=extra)
             with options.open(Chat) as client:
-                futures = {key: self._submit(client, *one) for key, one in missing.items()}
+                futures = {}
+                for key, one in missing.items():
+                    futures[key] = self._submit(client, *one)
+                    if len(futures) == 1:  # a probe: a server that refuses us is asked once
+                        futures[key].result()
                 for key, future in tqdm(futures.items(), unit=what):
                     found[key] = future.result()
         return [[found[self.key(r, i)] for i in range(self.repeats)] for r in requests]
