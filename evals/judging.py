@@ -103,7 +103,7 @@ class Asker:
         if missing:
             extra = json.dumps({**self.parameters, **self.options.extra_body})
             options = dataclasses.replace(self.options, extra=extra)
-            with options.open(Chat) as client:
+            with options.open(Chat, prefix="judge") as client:
                 futures = {}
                 for key, one in missing.items():
                     futures[key] = self._submit(client, *one)
