@@ -19,6 +19,7 @@ from worlds import World
 
 import polaris
 import policy as policy_file
+import start
 from checkpoint import best_step
 from policy import (
     accumulate,
@@ -345,7 +346,7 @@ def test_what_cannot_be_exact_is_refused_in_one_line(
     )
     argv += " --device cpu --warm-steps 0 --max-prompt 64 --max-response 64"
     asked = []
-    monkeypatch.setattr(polaris, "start_stand_in", lambda: asked.append(1))
+    monkeypatch.setattr(start, "start_stand_in", lambda: asked.append(1))
     assert polaris.main(argv.split()) == 2
     error = capsys.readouterr().err.strip()
     assert told in error and error.startswith("polaris: ") and "\n" not in error, error
