@@ -59,7 +59,9 @@ def collect(
     read = partial(read_book, min_words=min_words, max_words=max_words)
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         results = list(tqdm(pool.map(read, paths), total=len(paths), desc="books", unit="book"))
-    for path, (problem, fields, pieces) in zip(map(Path, paths), results, strict=True):
+    for path, (problem, warnings, fields, pieces) in zip(map(Path, paths), results, strict=True):
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         if problem:
             problems.append(problem)
             continue
