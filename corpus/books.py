@@ -385,12 +385,19 @@ def split_book(text: str, whole: str = "") -> tuple[dict[str, str], list[Story]]
     With `whole` the text is one story, which has this title where it gives none itself.
     """
     fields, blocks = blocks_of(text)
-    if whole:
-        titled = bool(blocks) and is_title(blocks[0])
-        whole = fields.get("title") or whole
-        headings = {0: ""} if titled else {-1: ""}
-    else:
-        headings = find_headings(blocks)
+    return fields, split_blocks(fields, blocks, headings_of(fields, blocks, whole), whole)
+
+
+def headings_of(fields: dict[str, str], blocks: list[Block], whole: str) -> dict[int, str]:
+    """Blocks that head stories -> their entry in the contents; -1: the title is `whole`."""
+    if not whole:
+        return find_headings(blocks)
+    return {0: ""} if blocks and is_title(blocks[0]) else {-1: ""}
+
+
+def split_blocks(
+    fields: dict[str, str], blocks: list[Block], headings: dict[int, str], whole: str
+) -> list[Story]:
     page = page_of(blocks)
     tops = [blocks[head + 1 : head + 5] for head in headings]
     named = sum(
@@ -404,7 +411,7 @@ def split_book(text: str, whole: str = "") -> tuple[dict[str, str], list[Story]]
     various = "editor" in fields or not author_key(book_author)
     stories = []
     for head, stop in itertools.pairwise([*headings, len(blocks)]):
-        block = blocks[head] if head >= 0 else Block(1, 0, [whole])
+        block = blocks[head] if head >= 0 else Block(1, 0, [fields.get("title") or whole])
         title, n = title_of(block, headings[head])
         if FURNITURE.fullmatch(key(title)) or FURNITURE.fullmatch(key(block.lines[0])):
             continue
@@ -424,7 +431,7 @@ def split_book(text: str, whole: str = "") -> tuple[dict[str, str], list[Story]]
         half_title = similarity(key(block.text), key(book_title)) > 0.85 and written < 80
         if text and not half_title:
             stories.append(story)
-    return fields, stories
+    return stories
 
 
 # ---------------------------------------------------------------------------------------- filters
@@ -493,7 +500,7 @@ def doubts(path: str, blocks: list[Block], stories: list[Story], heads: int) -> 
         listed += sum(may_be_entry(line) and len(key(line)) > 2 for line in block.lines)
         if block.level and key(block.lines[0]) not in CONTENTS:
             break
-    if listed > 5 and heads < listed / 2:
+    if listed > 5 and heads < listed / 3:
         said.append(f"{path}: {listed} lines in its contents, {heads} found as headings; {look}")
     return said
 
@@ -524,9 +531,11 @@ def read_book(path: str, min_words: int, max_words: int, one: bool = False) -> R
         text = read_text(Path(path), warnings)
     except DataError as error:
         return Reading(str(error), [], {}, [])
-    fields, stories = split_book(text, Path(path).stem if one else "")
-    blocks = blocks_of(text)[1]
-    heads = 1 if one else len(find_headings(blocks))
+    fields, blocks = blocks_of(text)
+    whole = Path(path).stem if one else ""
+    headings = headings_of(fields, blocks, whole)
+    heads = len(headings)
+    stories = split_blocks(fields, blocks, headings, whole)
     if not stories:
         what = "no list of contents, no story headings; a single work? (one story: --one-per-file)"
         what = f"no story, {heads} pieces of verse" if heads else what

@@ -32,7 +32,7 @@ def decode(raw: bytes) -> tuple[str, str]:
         if raw.startswith(bom):
             return raw.decode(encoding, "replace"), ""
     zeros = [raw[:4000:2].count(0), raw[1:4000:2].count(0)]
-    if max(zeros) > 0.6 * len(raw[:4000:2]) and min(zeros) < 0.1 * len(raw[:4000:2]):
+    if len(raw) > 9 and max(zeros) > 0.6 * len(raw[:4000:2]) and min(zeros) < 0.1 * len(raw[:4000:2]):
         return raw.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "replace"), ""
     if b"\0" in raw:
         raise DataError("holds binary data; give plain text, Markdown, HTML or EPUB")
@@ -174,6 +174,7 @@ class Block:
 
 def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
     """Header fields (title, author ...) and the blocks between Gutenberg's header and footer."""
+    wide = len(re.findall(r"\n[ \t]*\n[ \t]*\n\s*", text))
     text = BRACKETED.sub(lambda match: "\n" * match[0].count("\n"), text.replace("\t", "    "))
     lines = [line.rstrip() for line in text.split("\n")]
     starts = [i for i, line in enumerate(lines[: len(lines) // 2]) if START.search(line)]
@@ -203,7 +204,8 @@ def blocks_of(text: str) -> tuple[dict[str, str], list[Block]]:
         else:
             blocks[-1].lines.append(line)
         gap = 0
-    widen_gaps(blocks)
+    if wide <= max(5, 0.005 * len(blocks)):
+        widen_gaps(blocks)
     for above, block in itertools.pairwise(blocks):
         if SECTION.match(above.text):  # "IV", then the title: the gap before both counts
             block.gap = max(block.gap, above.gap)
@@ -270,9 +272,6 @@ def widen_gaps(blocks: list[Block]) -> None:
 
     Titles: short blocks of capitalised words that end no sentence, or that the book has twice.
     """
-    wide = sum(block.gap > 1 for block in blocks[len(blocks) // 20 :])
-    if wide > max(2, 0.005 * len(blocks)):
-        return
     often = Counter(key(line) for block in blocks for line in block.lines if len(line) < 90)
     for block, below in itertools.pairwise(blocks):
         line = block.lines[0].strip(" _*")
