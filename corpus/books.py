@@ -61,6 +61,7 @@ PUBLISHER = re.compile(  # at the end: where and when a story appeared or was wr
 )
 CREDITS = re.compile(r"\W*(?:first |originally )?(?:published|appeared|printed|reprinted|copyright)\b|"
     r"\W*(?:from|in) [_'\"\u2018\u201c]", re.I)
+DATED = re.compile(r"\b(?:1[5-9]|20)\d\d\b|^\W*[\[(].*[\])]\W*$")
 LICENCE = [  # two of them, or one in capitals or <<...>>: no paragraph of a story
     re.compile(text, re.I)
     for text in (
@@ -117,7 +118,7 @@ def page_of(blocks: list[Block]) -> Page:
     margin = max(indents, key=indents.__getitem__, default=0)
     full = [line for lines in prose for line in lines[:-1]]
     capitals = sum(line.strip(" _\"'")[:1].isupper() for line in full)
-    if capitals >= 0.8 * len(full):
+    if capitals >= 0.8 * len(full) and sum(map(len, full)) <= 60 * len(full):
         return Page(1000, margin)  # all verse: its lines set no width
     return Page(sorted(map(len, full))[int(0.9 * len(full))], margin)
 
@@ -198,7 +199,7 @@ def is_tail(block: Block, above: Block) -> bool:
         is_outside(block)
         or FOOTNOTES.fullmatch(key(text))
         or (block.words < 40 and (PUBLISHED.search(text) or PUBLISHER.fullmatch(text)))
-        or (block.words < 40 and CREDITS.match(text) and (apart or re.search(r"1[89]\d\d|20\d\d", text)))
+        or (block.words < 40 and CREDITS.match(text) and (apart or DATED.search(text)))
         or (apart and short)
         or ADVERT.search(text)
         or (apart and text.startswith("[") and text.endswith("]"))
@@ -288,7 +289,8 @@ def cut_notes(blocks: list[Block]) -> list[Block]:
     """What comes before the notes, an appendix or the next preface."""
     words = 0
     for i, block in enumerate(blocks):
-        apart = len(block.lines) < 3 and (block.gap > 1 or is_caps(block.text))
+        ends = SENTENCE_END.search(block.text)
+        apart = len(block.lines) < 3 and (block.gap > 1 or is_caps(block.text) or not ends)
         name = key(block.text)
         if words > 100 and apart and FURNITURE.fullmatch(name) and not FOOTNOTES.fullmatch(name):
             return blocks[:i]
@@ -301,16 +303,25 @@ def is_licence(text: str) -> bool:
     return hits > 1 or (hits > 0 and (is_caps(text) or text.startswith("<<") or "://" in text))
 
 
+def is_section(block: Block) -> bool:
+    """Is this "II", "Part the Second" or "II. THE INN", and nothing that is said or ends?"""
+    text = block.text
+    if block.words > 11 or re.match(r"\W*[\"'\u2018\u201c]", text):
+        return False
+    open_end = not SENTENCE_END.search(text)
+    numbered = NUMBERING.match(text.strip(" _")) and is_title(block)
+    numeral = SECTION.match(text) and (open_end or not re.fullmatch(r"\W*[a-z]+\W*", text, re.I))
+    roman = re.fullmatch(r"[\W_]*[IVXLC]+[\W_]*", text)
+    return bool(numeral or roman or (open_end and (numbered or SECTION.match(block.lines[0]))))
+
+
 def paragraph(block: Block, page: Page) -> str:
     """A block as text: lines joined (not of verse), one kind of quotation marks, no notes."""
     text = block.text
     if NOTE.match(text) or FOOTNOTES.fullmatch(key(text)) or is_licence(text):
         return ""
-    if SCENE_BREAK.match(text) or SECTION.match(text) or block.level:
+    if SCENE_BREAK.match(text) or block.level or is_section(block):
         return "***"
-    numbered = NUMBERING.match(text.strip(" _")) and block.words < 12
-    if numbered and is_title(block) and not SENTENCE_END.search(text):
-        return "***"  # "II. THE INN"
     if is_verse(block, page):
         text = "\n".join(line.strip() for line in block.lines)
     else:

@@ -69,10 +69,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if isinstance(rows, dict):  # {"data": [...]}, or a list for each column
         lists = {name: value for name, value in rows.items() if isinstance(value, list)}
         nested = [value for value in lists.values() if value and isinstance(value[0], dict)]
-        if len(lists) > 1 and len({*map(len, lists.values())}) == 1:
+        if len(lists) > 1 and not nested and len({*map(len, lists.values())}) == 1:
             rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
         else:
-            rows = nested[0] if len(nested) == 1 and not {*CHATS} & {*lists} else [rows]
+            rows = nested[0] if len(lists) == len(nested) == 1 and not turns_of(nested[0]) else [rows]
     rows = [row.get("row", row) if isinstance(row, dict) else row for row in rows]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: no rows with named columns; {SHAPES}")

@@ -87,7 +87,7 @@ def names_in(story: str) -> set[str]:
     """
     inside = Counter(re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}", story))
     small = set(re.findall(r"\b[a-z]+\b", story))
-    titled = Counter(re.findall(rf"(?i:\b(?:{'|'.join(TITLES.split())})\.?) ([A-Z][a-z]{{2,}})", story))
+    titled = Counter(re.findall(rf"(?i:\b(?:{'|'.join(TITLES.split())}|(?:mr|mrs|dr|st)\.)) ([A-Z][a-z]{{2,}})", story))
     acting = Counter(re.findall(rf"\b([A-Z][a-z]{{2,}}) (?:{DOES})\b", story))
     acting += Counter(re.findall(r"\b(?:said|asked|cried|replied|answered) ([A-Z][a-z]{2,})", story))
     placed = Counter(re.findall(r"\b(?:in|at|from|near|of the|the|an?) ([A-Z][a-z]{2,})", story))

@@ -248,7 +248,7 @@ def paragraphs_of(lines: list[str]) -> Callable[[str, list[str]], bool]:
     full = [line for line in lines if line]
     runs = [len(list(run)) for full_run, run in itertools.groupby(lines, bool) if full_run]
     run_on = 2 * sum(n for n in runs if n > 30) > sum(runs)
-    indented = run_on and sum(line.startswith("  ") for line in full) > 0.02 * len(full)
+    indented = run_on and sum(line.startswith("  ") for line in full) > 0.06 * len(full)
     lengths = sorted(map(len, full)) or [0]
     width = lengths[int(0.97 * len(lengths))] if run_on and not indented else 0
     often = Counter(key(line) for line in full if len(line) < 60) if width else Counter()
@@ -272,13 +272,18 @@ def widen_gaps(blocks: list[Block]) -> None:
 
     Titles: short blocks of capitalised words that end no sentence, or that the book has twice.
     """
-    often = Counter(key(line) for block in blocks for line in block.lines if len(line) < 90)
-    for block, below in itertools.pairwise(blocks):
+
+    def bare(line: str) -> str:
+        return key(re.sub(r"[\s.]*\d+$", "", NUMBERING.sub("", line.strip(" _*"))))
+
+    often = Counter(bare(line) for block in blocks for line in block.lines if len(line) < 90)
+    for block in blocks:
         line = block.lines[0].strip(" _*")
         words = [w for w in re.findall(r"[^\W\d_]{4,}", block.text)]
         if len(block.lines) > 3 or block.words > 16 or not words:
             continue
         capitals = sum(word[0].isupper() for word in words) >= 0.7 * len(words)
-        listed = 1 < often[key(line)] < 5 and line[-1:] not in ",;\"\u201d"
-        if (capitals and not SENTENCE_END.search(line)) or listed:
+        listed = 1 < often[bare(line)] < 5 and line[-1:] not in ",;\"\u201d"
+        ends = SENTENCE_END.search(line.rstrip(".!?") if block.caps else line)
+        if (capitals and not ends) or listed:
             block.gap = max(block.gap, 4)
