@@ -10,22 +10,19 @@ paper's 1,388 pairs cannot be shared; `build` makes such pairs from any antholog
 
     python data.py gutenberg --out books/                 85 public-domain anthologies
     python data.py build books/*.txt --out train.jsonl    (--help: prompts by an LLM, a test set)
+    python data.py pairs wp.csv --prompt PROMPT --story STORY       pairs that you have
     python data.py check train.jsonl [--tokenizer DIR --thinking]
 """
 
 import argparse
 import hashlib
 import json
-import math
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from reward import requested_words
 
@@ -65,6 +62,7 @@ def parse_example(line: str, anchors: bool, thinking: bool) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, this is a {type(row).__name__}")
 
+    row = {field: value for field, value in row.items() if value is not None}
     required = ["uid", "prompt"]
     if anchors:
         required += ["story", "reasoning"] if thinking else ["story"]
@@ -83,8 +81,9 @@ def parse_example(line: str, anchors: bool, thinking: bool) -> Example:
             raise ValueError(f'"{field}" is empty; fill it in or remove the line')
 
     asked = requested_words(row["prompt"])
-    target = row.get("target_words")
-    target = asked if target is None else target
+    target = row.get("target_words", asked)
+    if isinstance(target, float) and target.is_integer():
+        target = int(target)
     if target is None:
         how = 'end it with "The story should be 1500 words long." or add "target_words": 1500'
         raise ValueError(f"the prompt asks for no length and there is no target_words; {how}")
@@ -252,63 +251,26 @@ def split_response(text: str, thinking: bool) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------ command line
 
 
-def histogram(lengths: list[int]) -> str:
-    """A line for each 500 words, at most 40 # long."""
-    counts = Counter(words // 500 * 500 for words in lengths)
-    top = max(counts.values(), default=1)
-    lines = []
-    for low, n in sorted(counts.items()):
-        bar = "#" * math.ceil(40 * n / top)
-        lines.append(f"{low:>6}-{low + 499:<6} {n:>5}  {bar}")
-    return "\n".join(lines)
-
-
-def count_tokens(examples: list[Example], args: argparse.Namespace) -> None:
-    """Print the lengths of prompts and anchors beside the limits."""
-    from transformers import AutoTokenizer  # seconds, which no other command needs
-
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    prompts, anchors = [], []
-    for example in tqdm(examples):
-        prompts.append(len(encode_prompt(tokenizer, example.prompt, args.thinking)))
-        if example.story:
-            anchor = encode_anchor(tokenizer, example, args.thinking, sys.maxsize)
-            anchors.append(len(anchor or []))
-    over = sum(n > args.max_prompt for n in prompts)
-    print(f"prompts: up to {max(prompts)} tokens; {over} over {args.max_prompt}")
-    if anchors:
-        mean = sum(anchors) / len(anchors)
-        fit = sum(n <= args.max_response for n in anchors) / len(anchors)
-        share = f"{fit:.1%} fit {args.max_response}"
-        print(f"anchors: {mean:.0f} tokens on average, up to {max(anchors)}; {share}")
-
-
-def check(args: argparse.Namespace) -> int:
-    """Print every problem of a file, then what is in it. Exit status 2 if there is a problem."""
-    examples, problems = read_examples(args.file, not args.prompts_only, args.thinking)
-    for problem in problems:
-        print(problem)
-    words = [len(example.story.split()) for example in examples if example.story]
-    traces = sum(bool(example.reasoning) for example in examples)
-    what = f"{len(words)} stories, {traces} reasoning traces"
-    print(f"{len(examples)} good examples, {len(problems)} bad lines; {what}")
-    if words:
-        mean = sum(words) / len(words)
-        print(f"words of the stories: {min(words)} to {max(words)}, mean {mean:.0f}")
-        print(histogram(words))
-    if args.tokenizer and examples:
-        count_tokens(examples, args)
-    return 2 if problems else 0
+COMMANDS = {
+    "gutenberg": "download anthologies, or fables, from Project Gutenberg",
+    "build": "split books into prompt–story pairs",
+    "pairs": "read pairs that you have: tables, lists, chats",
+    "check": "every problem of a JSONL file, what is in it, and what would spoil training",
+}
 
 
 def hand_over(argv: list[str]) -> int:
-    """Run `build` or `gutenberg` of corpus/ as a program, and give its exit status."""
+    """Run a command, which corpus/ holds, as a program; print what it prints; its exit status."""
     here = Path(__file__).parent
     if not (here / "corpus").is_dir():
         raise DataError(f"`data.py {argv[0]}` needs the folder corpus/ beside data.py; copy it too")
     # `python -m corpus.build` would first look for our modules in the current folder.
     start = f"import sys; sys.path[0] = {str(here)!r}; from corpus.build import main; main()"
-    return subprocess.call([sys.executable, "-c", start, *argv])
+    command = [sys.executable, "-u", "-c", start, *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as program:
+        for line in program.stdout or []:
+            print(line, end="", flush=True)
+    return program.returncode
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -316,21 +278,15 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description="Prompt–story pairs for POLARIS.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("gutenberg", help="download anthologies from Project Gutenberg")
-    commands.add_parser("build", help="split anthologies into prompt–story pairs")
-    c = commands.add_parser("check", help="every problem of a JSONL file, and what is in it")
-    c.add_argument("file", help="JSONL of examples")
-    c.add_argument("--tokenizer", help="folder of a tokenizer with a chat template: count tokens")
-    c.add_argument("--thinking", action="store_true", help="anchors need a reasoning trace")
-    c.add_argument("--prompts-only", action="store_true", help="stories may be missing")
-    c.add_argument("--max-prompt", type=int, default=256, help="limit in tokens [%(default)s]")
-    c.add_argument("--max-response", type=int, default=8192, help="limit of anchors [%(default)s]")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    if argv[:1] not in [[name] for name in COMMANDS]:
+        parser.parse_args(argv)
     try:
-        handed = argv[:1] in (["build"], ["gutenberg"])
-        status = hand_over(argv) if handed else check(parser.parse_args(argv))
+        status = hand_over(argv)
     except DataError as error:
         parser.exit(2, f"{error}\n")
-    if status:
+    if status or "--help" in argv:
         sys.exit(status)
 
 

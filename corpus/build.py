@@ -6,12 +6,12 @@ an LLM with reasoning traces (prompts.py) -> train and test without a common aut
 
 import argparse
 import hashlib
-import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +22,12 @@ import rundir
 from chat import ChatOptions, ChatStop, add_options, options_from
 from corpus import gutenberg
 from corpus.books import read_book, round_words
-from corpus.headings import author_key, title_case
-from corpus.prompts import Writer, length_sentence
-from corpus.text import key, read_text
-from data import DataError, Example, histogram
-from reward import requested_words
+from corpus.check import check, histogram, tokenizer_of
+from corpus.headings import author_key
+from corpus.pairs import COLUMNS, SHAPES, load_prompts, pairs, write_examples
+from corpus.prompts import Writer, length_sentence, template_prompt
+from corpus.text import key
+from data import DataError, Example
 
 RENAMED = {
     "--llm-body": "--llm-extra",
@@ -47,53 +48,86 @@ class Book(NamedTuple):
 # ------------------------------------------------------------------------------- books -> examples
 
 
-def collect(
-    paths: list[str], min_words: int, max_words: int, show: bool
-) -> tuple[list[Example], list[Book], list[str]]:
-    """Books -> examples with a prompt from the title, the books, and why others were left out."""
-    examples = []
-    books = []
-    problems = []
+class Collected(NamedTuple):
+    """What came of the books."""
+
+    examples: list[Example]  # with a prompt from the title
+    books: list[Book]
+    problems: list[str]  # why others were left out
+    warnings: list[str]
+
+
+def collect(args: argparse.Namespace) -> Collected:
+    """Books -> examples, without near-duplicates."""
+    found = Collected([], [], [], [])
     owner: dict[int, str] = {}  # hash of a phrase -> uid of a story that has it
     uids: Counter[str] = Counter()
-    read = partial(read_book, min_words=min_words, max_words=max_words)
+    tales: dict[str, str] = {}  # title -> uid
+    authors: dict[str, str] = {}  # uid -> surname
+    read = partial(
+        read_book, min_words=args.min_words, max_words=args.max_words, one=args.one_per_file
+    )
+    paths = args.books
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         results = list(tqdm(pool.map(read, paths), total=len(paths), desc="books", unit="book"))
-    for path, (problem, fields, pieces) in zip(map(Path, paths), results, strict=True):
-        if problem:
-            problems.append(problem)
+    for path, reading in zip(map(Path, paths), results, strict=True):
+        found.warnings.extend(reading.warnings)
+        if reading.problem:
+            found.problems.append(reading.problem)
             continue
+        fields = reading.fields
         lines = [f"{path}: {fields.get('title', '?')} by {fields.get('author', '?')}"]
-        counts = Counter(pieces=len(pieces))
-        for story, why, grams in pieces:
-            twin = twin_of(grams, owner)
-            note = f"  [same tale as {twin}]" if twin else f"  [{why}]" if why else ""
+        counts = Counter(pieces=len(reading.pieces))
+        for story, why, grams in reading.pieces:
+            twin, share = twin_of(grams, owner)
+            same = share > 0.2
+            note = f"  [same tale as {twin}]" if same else f"  [{why}]" if why else ""
             lines.append(f"{story.line:7d} {story.words:6d}  {story.title[:60]}{note}")
-            counts["near-duplicate" if twin else why or "kept"] += 1
+            counts["near-duplicate" if same else why or "kept"] += 1
             if note:
                 continue
             uid = f"{path.stem}-{key(story.title).replace(' ', '-')[:60].strip('-')}"
             uids[uid] += 1
             if uids[uid] > 1:
                 uid += f"-{uids[uid]}"
+            tale = re.sub(r"^(?:the|an?) ", "", key(story.title))
+            other = twin if share > 0.02 and len(grams) > 40 else tales.get(tale, "")
+            tales.setdefault(tale, uid)
+            authors[uid] = author_key(story.author)
+            if other and (share > 0 or authors[other] == author_key(story.author)):
+                found.warnings.append(f"two tellings of one tale? {other} and {uid}; both are kept")
             owner |= dict.fromkeys(grams, uid)
             target = round_words(story.words)
-            title = f'"{title_case(story.title)}"'
-            prompt = f"Write a short story with the title {title}. {length_sentence(target)}"
+            prompt = template_prompt(uid, story.title, story.author, story.text, target)
             place = f"{fields.get('title', path.name)} | {story.author} | {path.name}:{story.line}"
             source = f"{place} | template prompt"
-            examples.append(Example(uid, prompt, target, story.text, source=source))
-        books.append(Book(path, fields, counts))
-        if show:
+            found.examples.append(Example(uid, prompt, target, story.text, source=source))
+        found.books.append(Book(path, fields, counts))
+        if args.show:
             print("\n".join(lines))
-    return examples, books, problems
+    return found
 
 
-def twin_of(grams: set[int], owner: dict[int, str]) -> str:
-    """The uid of a story that shares more than a fifth of these phrases, or ""."""
-    shared = Counter(owner[gram] for gram in grams if gram in owner)
-    common, twin = max(((n, uid) for uid, n in shared.items()), default=(0, ""))
-    return twin if common > 0.2 * len(grams) else ""
+def twin_of(grams: set[int], owner: dict[int, str]) -> tuple[str, float]:
+    """The story that shares most of these phrases, and the share; above 0.2 it is the same one."""
+    common = Counter(owner[gram] for gram in grams if gram in owner)
+    n, twin = max(((n, uid) for uid, n in common.items()), default=(0, ""))
+    return twin, n / max(1, len(grams))
+
+
+def author_of(example: Example) -> str:
+    """The author's surname; of an unknown one, the file."""
+    _, author, place, *_ = example.source.split(" | ")
+    return author_key(author) or place.partition(":")[0]
+
+
+def cap_authors(examples: list[Example], most: int) -> list[Example]:
+    """At most so many stories of each author, drawn by uid, in their order."""
+    groups = defaultdict(list)
+    for example in sorted(examples, key=lambda e: digest(e.uid)):
+        groups[author_of(example)].append(example.uid)
+    kept = {uid for group in groups.values() for uid in group[:most]}
+    return [example for example in examples if example.uid in kept]
 
 
 def digest(text: str) -> int:
@@ -108,8 +142,7 @@ def split_authors(examples: list[Example], share: float) -> tuple[list[Example],
     """
     groups = defaultdict(list)
     for example in examples:
-        _, author, place, *_ = example.source.split(" | ")
-        groups[author_key(author) or place.partition(":")[0]].append(example)
+        groups[author_of(example)].append(example)
     test: list[Example] = []
     for name in sorted(groups, key=digest):  # whole authors until the share is reached
         if len(test) + len(groups[name]) <= share * len(examples):
@@ -125,41 +158,7 @@ def split_authors(examples: list[Example], share: float) -> tuple[list[Example],
     return [example for example in examples if example.uid not in held_out], prompts
 
 
-def load_prompts(path: Path) -> list[Example]:
-    """Prompts without stories from JSON or JSONL, one in each object: text or chat messages."""
-    text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        how = "give a JSON list or JSONL (`to_json` of a dataset writes it)"
-        raise DataError(f"{path}: broken JSON ({error}); {how}") from None
-    examples = []
-    for number, row in enumerate(rows, 1):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if isinstance(prompt, list):
-            prompt = next((m.get("content") for m in prompt if m.get("role") == "user"), None)
-        if not isinstance(prompt, str) or not prompt.strip():
-            what = 'has no "prompt" (text, or a list with a user message); add it'
-            raise DataError(f"{path}: row {number} {what}")
-        words = requested_words(prompt) or row.get("target_words")
-        if not isinstance(words, int):
-            what = f'asks for no length; end it with "{length_sentence(1500)}"'
-            raise DataError(f"{path}: row {number} {what}")
-        uid = f"{path.stem}-{number}"
-        examples.append(Example(uid, prompt.strip(), words, source=path.name))
-    return examples
-
-
 # ------------------------------------------------------------------------------------------ output
-
-
-def write_examples(path: str, examples: list[Example]) -> None:
-    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rundir.write(Path(path), "".join(lines))
 
 
 def build(args: argparse.Namespace) -> None:
@@ -177,9 +176,14 @@ def build(args: argparse.Namespace) -> None:
         llm = options_from(vars(args), "llm")
     except ValueError as error:
         raise DataError(f"an --llm option cannot be used: {error}") from None
-    writer = Writer(llm, Path(f"{args.out}.llm")) if args.prompts == "llm" else None
+    writer = None
+    if args.prompts == "llm":
+        tokenizer = tokenizer_of(args.tokenizer) if args.tokenizer else None
+        writer = Writer(llm, Path(f"{args.out}.llm"), tokenizer, args.max_prompt)
 
-    examples, books, problems = collect(args.books, args.min_words, args.max_words, args.show)
+    examples, books, problems, warnings = collect(args)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not books:
         raise DataError("\n".join(problems))
     for problem in problems:
@@ -193,6 +197,11 @@ def build(args: argparse.Namespace) -> None:
         wanted = "a story of --min-words to --max-words"
         raise DataError(f"none of the {pieces} pieces is {wanted}: {listed}")
 
+    if args.per_author:
+        every = len(examples)
+        examples = cap_authors(examples, args.per_author)
+        drops["above --per-author"] = every - len(examples)
+        print(f"--per-author {args.per_author}: {len(examples)} of {every} stories")
     method = "titles"
     if writer:
         writer.print_estimate(examples)
@@ -209,6 +218,7 @@ def build(args: argparse.Namespace) -> None:
     dropped = sorted(drops.items(), key=lambda item: (-item[1], item[0]))
     left_out = [f"- {why}: {n}" for why, n in dropped] or ["- nothing"]
     left_out += [f"- book not used: {problem}" for problem in problems]
+    left_out += [f"- warning: {warning}" for warning in warnings]
     rows = [
         f"| {path.name} | {fields.get('title', '')} | {fields.get('author', '')} "
         f"| {counts['pieces']} | {counts['kept']} |"
@@ -243,10 +253,14 @@ def main(argv: list[str] | None = None) -> None:
     c = commands.add_parser("build", help="split anthologies into prompt–story pairs")
     c.set_defaults(run=build)
     add = c.add_argument
-    add("books", nargs="+", help="plain text or EPUB (with --prompts-only: JSON or JSONL)")
+    add("books", nargs="+", help="text, EPUB, HTML, Markdown (with --prompts-only: see `pairs`)")
     add("--out", default="train.jsonl", help="examples; a data card is put beside it [%(default)s]")
     add("--min-words", type=int, default=1000, help="shortest story kept [%(default)s]")
     add("--max-words", type=int, default=4000, help="longest story kept [%(default)s]")
+    add("--one-per-file", action="store_true", help="every file is one story")
+    add("--per-author", type=int, metavar="N", help="keep at most N stories of an author")
+    add("--tokenizer", help="folder: count the tokens of --prompts llm instead of words")
+    add("--max-prompt", type=int, default=256, help="their limit [%(default)s]")
     add("--show", action="store_true", help="print the contents found in each book, with words")
     add("--test", help="write prompts of held-out authors here, asking for 1,000 to 12,000 words")
     add("--test-share", type=float, default=0.1, help="held out with --test, at most [%(default)s]")
@@ -262,7 +276,29 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="books", help="folder to fill [%(default)s]")
     add("--mirror", default="https://www.gutenberg.org", help="server with /cache/epub/ID/pgID.txt")
     add("--pause", type=float, default=2.0, help="seconds between requests [%(default)s]")
+    add("--shelf", choices=gutenberg.SHELVES, default="anthologies", help="list [%(default)s]")
     add("--list", action="store_true", help="print the bundled list")
+
+    c = commands.add_parser("pairs", help="read pairs that you have", epilog=SHAPES)
+    c.set_defaults(run=pairs)
+    add = c.add_argument
+    add("files", nargs="+", help="JSONL, JSON, CSV, TSV, parquet, .wp_source; gzip or not")
+    for field, names in COLUMNS.items():
+        add(f"--{field}", metavar="COLUMN", help=f"column [{names.replace(' ', ', ')}]")
+    add("--out", default="train.jsonl", help="examples [%(default)s]")
+    add("--min-words", type=int, default=50, help="shortest story kept [%(default)s]")
+    add("--max-words", type=int, default=12000, help="longest story kept [%(default)s]")
+
+    c = commands.add_parser("check", help="every problem of a JSONL file, and what is in it")
+    c.set_defaults(run=check)
+    add = c.add_argument
+    add("file", help="JSONL of examples")
+    add("--tokenizer", help="folder of a tokenizer with a chat template: count tokens")
+    add("--thinking", action="store_true", help="anchors need a reasoning trace")
+    add("--prompts-only", action="store_true", help="stories may be missing")
+    add("--max-prompt", type=int, default=256, help="limit in tokens [%(default)s]")
+    add("--max-response", type=int, default=8192, help="limit of anchors [%(default)s]")
+    add("--sample", type=int, default=3, help="examples to show [%(default)s]")
 
     for option in argv:
         old = option.partition("=")[0]
@@ -272,11 +308,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "build" and args.prompts == "llm" and not (args.llm_url and args.llm_model):
         parser.error("--prompts llm needs --llm-url and --llm-model")
     try:
-        args.run(args)
+        status = args.run(args)
     except DataError as error:
         parser.exit(2, f"{error}\n")
     except ChatStop as error:
         parser.exit(3, f"{error}\n")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ from tqdm import tqdm
 import rundir
 from data import DataError
 
+SHELVES = {"anthologies": "gutenberg.tsv", "fables": "fables.tsv"}
 
-def catalog() -> dict[str, str]:
-    """Number -> "title, author" of the bundled list of public-domain anthologies."""
-    lines = Path(__file__).with_name("gutenberg.tsv").read_text("utf-8").splitlines()[1:]
+
+def catalog(shelf: str) -> dict[str, str]:
+    """Number -> "title, author" of a bundled list of public-domain books."""
+    lines = Path(__file__).with_name(SHELVES[shelf]).read_text("utf-8").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
     return {number: f"{title}, {author}" for number, title, author in rows}
 
 
 def download(args: argparse.Namespace) -> None:
     """`data.py gutenberg`: fetch books into a folder. DataError names what failed."""
-    titles = catalog()
+    titles = catalog(args.shelf)
     if args.list:
         print("\n".join(f"{book:>6}  {title}" for book, title in titles.items()))
         return

@@ -8,7 +8,7 @@ labelled, numbered, or spelt in any one way:
    spelt otherwise takes the most similar heading between its neighbours' (`fill_list`). A volume
    may have a list of its own (`find_listed`), a list may leave out a story (`find_forgotten`).
 2. Where nothing recurs, headings are short blocks that share a style and the widest gaps
-   (`find_styled`).
+   (`find_styled`). Where they are marked (EPUB, HTML, Markdown), the marks decide (`find_marked`).
 3. Sections (I, II, named parts) stay inside their story, because no list names them, and so do
    chapters that a list names: a book that has nothing else is a single work (`find_chapters`).
 """
@@ -19,8 +19,19 @@ import itertools
 import re
 from collections import defaultdict
 from statistics import median_high
+from typing import NamedTuple
 
-from corpus.text import DIVISION, NUMBERING, NUMERAL, ORDINAL, SECTION, Block, is_caps, key
+from corpus.text import (
+    DIVISION,
+    NUMBER,
+    NUMBERING,
+    NUMERAL,
+    ORDINAL,
+    SECTION,
+    Block,
+    is_caps,
+    key,
+)
 
 Chain = list[tuple[int, int]]  # (line of an entry, block of its heading), both rising
 Pairs = list[tuple[str, int]]  # (entry, block of its heading)
@@ -34,11 +45,22 @@ CHAPTER = re.compile(  # "CHAPTER I. THE ROAD"
     rf"\W*chap(?:ter)?\b[\s.]*(?:{NUMERAL}|{ORDINAL})\b", re.I
 )
 FURNITURE = re.compile(  # what a book holds besides its stories; on keys
-    r"(?:the )?(?:(?:author|editor|translator|publisher|transcriber)s? )?(?:"
-    r"(?:preface|foreword|introduction|foot ?notes?|end ?notes|appendix|appendices|index)(?: .*)?"
-    r"|(?:introductory|prefatory|biographical|explanatory)(?: (?:note|essay))?"
-    r"|(?:contents|notes?)(?: (?:to|on) .*)?|dedication|acknowledge?ments?|glossary|bibliography"
-    r"|errata|addenda|(?:list of )?illustrations|the end|finis|end|l ?envoi|by the same author)"
+    r"(?:the |an? )?(?:(?:author|editor|translator|publisher|transcriber|producer)s? )?(?:"
+    r"(?:preface|foreword|introduction|afterword|foot ?notes?|end ?notes|appendix|appendices|index)"
+    r"(?: .*)?|(?:introductory|prefatory|biographical|explanatory)(?: (?:note|essay))?"
+    r"|(?:contents|notes?)(?: (?:to|on) .*)?|table of contents|dedication|acknowledge?ments?"
+    r"|glossary|errata|addenda|(?:list of )?illustrations|the end|finis|end|l ?envoi|copyright.*"
+    r"|title ?page|half ?title|cover|imprint|colophon|uncopyright|landmarks|credits"
+    r"|about (?:the|this) (?:\w+ )?"
+    r"(?:author|edition|book|ebook|e book|text|copy|publisher|translator)"
+    r"|(?:other )?(?:books|works|novels|volumes) by .*|by the same author.*|advertisements?"
+    r"|(?:some )?(?:new|recent|latest|other) (?:books|fiction|novels|publications|works)(?: .*)?"
+    r"|(?:a )?catalogue of .*|(?:some )?(?:press )?(?:notices|opinions)(?: of the press)?"
+    r"|(?:select(?:ed)? )?bibliograph.*|books of .*summary|(?:critical )?summary"
+    r"|(?:biographical )?roll of hono.*|year ?book of .*|magazine averages"
+    r"|(?:best )?(?:books|volumes|articles|indexe?s?) (?:of|on|about) "
+    r"(?:the )?(?:short )?stor(?:y|ies).*"
+    r"|(?:the )?full (?:project gutenberg )?license)"
 )
 SOURCE = re.compile(r"^\s*(?:[\[(].*[\])]\W*$|_?from _|\W*copyright\b|\W*reprinted )", re.I)
 NOTE_MARK = re.compile(
@@ -55,21 +77,62 @@ CUT = re.compile(r"\s_|[\s.:]+\(?[Bb][Yy]\b|\s*[\[(]|\s+\d+$|\s{2,}\S|[;:] [Oo][
 LEADER = re.compile(r"(?:\s*\.){3,}.*$|\s{2,}(?:\d+|[ivxlc]+)\.?$")  # "Title . . . . 12"
 
 
+NAME = r"[A-Z][\w.'\u2019-]*"
+BYLINE = re.compile(  # "By Walter De La Mare" at the end of a heading or on a line of its own
+    r"[\s_(*\[]*\b[Bb][Yy][:\s]+_?(?!(?i:the|an?|my|his|her|our|their|your|its|no|.* and)\b)"
+    rf"({NAME}(?:\s+(?:{NAME}|de|la|le|du|der|den|van|von|of))+)[\s_)*\].,]*$"
+)
+
+
 def clean_title(text: str) -> str:
-    """A heading without numbering, italics, note marks and "[Written in 1865]"."""
-    bare = NOTE_MARK.sub("", NUMBERING.sub("", text.replace("_", " ").strip()))
-    bare = re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", bare)
-    return bare.strip(" .,;:") or text.strip()
+    """A heading without numbering, byline, italics, note marks and "[Written in 1865]"."""
+    bare = BYLINE.sub("", NUMBERING.sub("", re.sub(r"[_#*]+", " ", text).strip()))
+    bare = re.sub(r"[\s\-\u2014]*(?:\[[^\]]*\]|\([^)]{0,6}\))$", "", NOTE_MARK.sub("", bare))
+    return re.sub(r"\s+", " ", bare).strip(" .,;:") or text.strip()
 
 
-def title_case(title: str) -> str:
-    """A title in capitals as it would be written in a sentence."""
+def title_of(block: Block, entry: str) -> tuple[str, int]:
+    """The title that a heading spells, and on how many lines; `entry`: its contents' line."""
+    lines = [line.strip(" _") for line in block.lines]
+    first = int(len(lines) > 1 and bool(NUMBER.match(lines[0])))
+    listed = entry_keys([entry]) if entry else set()
+    n = first + 1
+    while block.level and n < len(lines) and not re.match(r"(?i)\W*by\b", lines[n]):
+        n += 1
+    for m, name in enumerate(itertools.accumulate(lines[first : first + 4], "{} {}".format), 1):
+        if key(clean_title(name)) in listed:
+            n = first + m
+            break
+    title = clean_title(" ".join(lines[first:n]))
+    bare = re.sub(r"[\s:.,\u2014-]+(?:I|1)\W*$", "", title)
+    return (bare if key(bare) in listed and key(title) not in listed else title), n
+
+
+def title_case(title: str, names: dict[str, str] | None = None) -> str:
+    """A title in capitals as it would be written in a sentence; `names`: spellings of words."""
     if not is_caps(title):
         return title
-    small = "a an and as at by for from in of on or the to with".split()
-    words = [word if word in small else word.capitalize() for word in title.lower().split()]
-    text = " ".join(words)
-    return text[:1].upper() + text[1:]
+    small = "a an and as at but by for from in of on or the to with".split()
+
+    def spell(match: re.Match) -> str:
+        word = match[0].lower()
+        known = (names or {}).get(word, "")
+        if word in small or re.search("[a-z][A-Z]", known):
+            return word if word in small else known
+        if match[0] != "I" and re.fullmatch("x{0,3}(?:ix|iv|v?i{2,3}|vi)", word):
+            return word.upper()
+        scots = re.sub("^mc(.)", lambda m: "Mc" + m[1].upper(), word)
+        irish = re.sub(
+            "^([od])(['\u2019])(.)(?=.)", lambda m: m[1].upper() + m[2] + m[3].upper(), scots
+        )
+        if re.match("[Mm]a?c[A-Z]", match[0]):
+            irish = (
+                match[0][: match[0].index("c") + 2] + match[0][match[0].index("c") + 2 :].lower()
+            )
+        return irish[:1].upper() + irish[1:]
+
+    text = re.sub(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", spell, title)
+    return re.sub(r"^(\W*)(.)", lambda m: m[1] + m[2].upper(), text)
 
 
 def author_key(author: str) -> str:
@@ -165,7 +228,13 @@ def find_list(lines: list[tuple[int, str]], blocks: list[Block]) -> Chain:
     if not best or median_high(gap_above(blocks, h) for h in heads) < 2:
         return []  # headings stand apart; these are phrases that happen to recur
     upper = mostly_caps(heads, blocks)
-    return [(n, h) for n, h in best if blocks[h].gap > 1 or blocks[h].caps == upper]
+    titles: Chain = []
+    for n, h in best:
+        near = bool(titles) and h < titles[-1][1] + 6
+        teaser = near and not (is_title(blocks[h]) or blocks[h].caps)  # below a title
+        if not teaser and (blocks[h].gap > 1 or blocks[h].caps == upper):
+            titles.append((n, h))
+    return titles
 
 
 def find_recurring(lines: list[tuple[int, str]], blocks: list[Block]) -> dict[int, list[int]]:
@@ -284,15 +353,85 @@ def find_forgotten(heads: list[int], blocks: list[Block]) -> list[int]:
 # ---------------------------------------------------------------------------- headings of any book
 
 
-def find_headings(blocks: list[Block]) -> list[int]:
-    """Blocks that head a story (or a preface, poem ...: whatever the list names)."""
-    listed = find_listed(blocks)
-    pairs = listed or [(blocks[h].text, h) for h in find_styled(blocks)]
+def find_headings(blocks: list[Block]) -> dict[int, str]:
+    """Blocks that head a story (or a preface, poem ...: whatever the list names) -> their entry."""
+    marked = find_marked(blocks)
+    listed = [] if marked else find_listed(blocks)
+    pairs = marked or listed or [(blocks[h].text, h) for h in find_styled(blocks)]
     chapters = find_chapters(pairs, blocks)
-    heads = [h for _, h in pairs if h not in chapters]
-    if len(heads) < 2:
-        return heads if listed else []
-    return sorted(heads + find_forgotten(heads, blocks)) if listed else heads
+    entries = {h: entry for entry, h in pairs if h not in chapters}
+    if len(entries) < 2:
+        return (entries if listed else {}) or find_single(blocks)
+    if listed:
+        entries |= {h: "" for h in find_forgotten(list(entries), blocks)}
+    return dict(sorted(entries.items()))
+
+
+def find_single(blocks: list[Block]) -> dict[int, str]:
+    """The heading of a file that is one story: the only title, first, of a few thousand words."""
+    words = sum(block.words for block in blocks)
+    titles = [b for b, block in enumerate(blocks) if is_title(block) and (block.gap > 1 or not b)]
+    parts = any(CHAPTER.match(block.lines[0]) for block in blocks)
+    prose = [block for block in blocks if block.words > 30]
+    if titles == [0] and prose and not parts and 150 < words < 12_000:
+        return {0: ""}
+    return {}
+
+
+class Node(NamedTuple):
+    """A marked heading and those below it."""
+
+    level: int
+    block: int
+    words: int  # of its own, before the first heading below it
+    below: list["Node"]
+
+
+def find_marked(blocks: list[Block]) -> Pairs:
+    """The marked headings that head stories; [] where fewer than two are.
+
+    A heading with titles below it holds stories if it stands alone, says "part", or if most of its
+    neighbours have titles below them too. Otherwise the titles divide one story.
+    """
+    heads = [b for b, block in enumerate(blocks) if block.level]
+    words = piece_words([*heads, len(blocks)], blocks)
+    root = Node(0, -1, 0, [])
+    path = [root]
+    for b, n in zip(heads, words, strict=True):
+        node = Node(blocks[b].level, b, n - blocks[b].words, [])
+        while path[-1].level >= node.level:
+            path.pop()
+        path[-1].below.append(node)
+        path.append(node)
+
+    def titles(node: Node) -> list[Node]:
+        texts = [(blocks[n.block].lines[0].strip(" _"), n) for n in node.below]
+        kinds = (FURNITURE.fullmatch, SECTION.match, CHAPTER.match, NUMBERING.match)
+        return [
+            n
+            for t, n in texts
+            if n.level < 99 and not (kinds[0](key(t)) or any(k(t) for k in kinds[1:]))
+        ]
+
+    def stories(nodes: list[Node]) -> list[int]:
+        full = [n for n in nodes if not FURNITURE.fullmatch(key(blocks[n.block].lines[0]))]
+        holders = [n for n in full if len(titles(n)) > 1]
+        leaves = [n for n in full if n not in holders and (n.words > 20 or n.below)]
+        found = []
+        for node in full:
+            part = PART.search(blocks[node.block].text)
+            few = node.words < 150 and (len(holders) > len(leaves) or part)
+            if node in holders and (len(full) == 1 or not leaves or few):
+                found += stories(node.below)
+            elif node in holders or node in leaves:
+                found.append(node.block)
+        return found
+
+    alone = root
+    while len(alone.below) == 1:
+        alone = alone.below[0]
+    found = stories(alone.below)
+    return [(blocks[h].text, h) for h in sorted(found)] if len(found) > 1 else []
 
 
 def find_styled(blocks: list[Block]) -> list[int]:
@@ -309,7 +448,8 @@ def find_styled(blocks: list[Block]) -> list[int]:
             words = piece_words([*heads, len(blocks)], blocks)
             pieces = [n for n in words if n >= 300]
             shared_out = sum(pieces) > 0.85 * total and max(words) < 0.6 * total
-            if len(pieces) >= 3 and shared_out:
+            two = len(heads) == 2 and heads[0] < 3 and min(words) >= 300
+            if (len(pieces) >= 3 and shared_out) or (two and sum(words) > 0.95 * total):
                 # Gaps are not always typed alike.
                 nearly = [b for b in titles if blocks[b].gap == gap - 1 > 1]
                 return sorted(heads + nearly) if len(nearly) <= 0.25 * len(heads) else heads

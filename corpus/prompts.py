@@ -1,4 +1,6 @@
-"""Prompts and reasoning traces by an LLM: for each story the assignment that it could answer.
+"""Prompts: from titles, in a dozen patterns, or by an LLM with reasoning traces.
+
+The LLM writes for each story the assignment that it could answer ("back-translation").
 
 Every answer is kept in a file at once: nothing is paid twice. An answer that copies from the
 story, names its people or is no plain prose goes back with the reason, up to twice.
@@ -14,18 +16,49 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from chat import CallFailed, Chat, ChatOptions, ChatStop
-from data import MARKUP, DataError, Example
+from data import MARKUP, DataError, Example, encode_prompt
 from reward import requested_words
 
 HERE = Path(__file__).parent
 PROMPT_TASK = (HERE / "task_prompt.txt").read_text("utf-8").strip()
 TRACE_TASK = (HERE / "task_trace.txt").read_text("utf-8").strip()
 NO_PROSE = re.compile(r"(?m)^\s*(?:#|\*\*|```|[-*] |\d+\. )|^(?:here is|sure|certainly)\b", re.I)
-COMMON_NAMES = "i god lord christmas english french american german sunday monday mr mrs miss sir"
+PATTERNS = [  # chosen by uid among those whose fields are known
+    'Write a short story with the title "{title}".',
+    'Write a story called "{title}".',
+    '"{title}": write the short story that belongs under this title.',
+    'Tell a complete story under the title "{title}".',
+    'I need a piece of short fiction entitled "{title}", from its first scene to its end.',
+    'Write "{title}", a short story told in the {person} person.',
+    'Tell the story "{title}" in the {person} person.',
+    'Write a short story, "{title}", that opens with the words "{opening}".',
+    'Begin a story with "{opening}" and bring it to its end. The title is "{title}".',
+    'A story called "{title}" begins like this: "{opening} ..." Write the whole story.',
+    'Write a story in the manner of {author}. Its title is "{title}".',
+    'Imagine that {author} had been asked for a story called "{title}". Write that story.',
+    'Write "{title}", a short story as {author} might have told it in the {person} person.',
+]
+TITLES = "mr mrs miss dr sir lady lord captain colonel major master madame monsieur uncle aunt"
+TITLES += " king queen prince princess duke count baron saint father mother brother sister doctor"
+NO_NAMES = set(  # written with a capital, and no person of the story
+    (
+        TITLES + " god heaven christ christmas easter bible church new old north south east west"
+        " great monday tuesday wednesday thursday friday saturday sunday january february"
+        " march april may june july august september october november december england"
+        " english london paris france french america american germany german italy italian"
+        " rome roman russia russian spain spanish ireland irish scotland scotch india"
+        " indian china chinese greek turk jew christian street road river house general"
+        " judge professor president emperor empress bishop governor sergeant lieutenant"
+        " sultan rajah"
+    ).split()
+)
+DOES = "said|asked|cried|replied|answered|was|had|were|saw|went|came|looked|took|thought|knew|would"
+DOES += r"|could|did|ran|stood|sat|told|made|felt|\w+ed"
 
 
 def length_sentence(words: int) -> str:
@@ -35,11 +68,45 @@ def length_sentence(words: int) -> str:
 # ------------------------------------------------------------------------- what an answer must be
 
 
+def template_prompt(uid: str, title: str, author: str, story: str, words: int) -> str:
+    """A prompt that is true to the story, with its length, in one of PATTERNS."""
+    told = re.sub(r'"[^"]*"', "", story)
+    first = len(re.findall(r"\b(?:I|my|me)\b", told)) > 0.015 * len(told.split())
+    opening = " ".join(story.split()[:8]).strip(",;:")
+    fields = {"title": title, "person": "first" if first else "third"}
+    if not re.search(r'["*\u2014]', opening) and len(opening) < 80:
+        fields["opening"] = opening.rstrip(".")
+    if " " in author and not re.search(r"(?i)various|anonymous|unknown|editor|,|;", author):
+        fields["author"] = author
+    known = [p for p in PATTERNS if set(re.findall(r"{(\w+)}", p)) <= fields.keys()]
+    place = int.from_bytes(hashlib.sha256(uid.encode()).digest()[:4], "big")
+    return f"{known[place % len(known)].format(**fields)} {length_sentence(words)}"
+
+
 def names_in(story: str) -> set[str]:
-    """Words that the story writes with a capital inside sentences, several times, never without."""
+    """Persons of a story: words with a capital inside sentences that act, speak or have a title.
+
+    Words that it also writes small, that follow "the" or mostly "in", "at", "from" are none.
+    """
     inside = Counter(re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}", story))
-    names = {name.lower() for name, n in inside.items() if n > 2}
-    return names - set(re.findall(r"\b[a-z]+\b", story)) - set(COMMON_NAMES.split())
+    small = set(re.findall(r"\b[a-z]+\b", story))
+    titled = Counter(
+        re.findall(
+            rf"(?i:\b(?:{'|'.join(TITLES.split())}|(?:mr|mrs|dr|st)\.)) ([A-Z][a-z]{{2,}})", story
+        )
+    )
+    acting = Counter(re.findall(rf"\b([A-Z][a-z]{{2,}}) (?:{DOES})\b", story))
+    acting += Counter(
+        re.findall(r"\b(?:said|asked|cried|replied|answered) ([A-Z][a-z]{2,})", story)
+    )
+    placed = Counter(re.findall(r"\b(?:in|at|from|near|of the|the|an?) ([A-Z][a-z]{2,})", story))
+
+    def is_person(name: str, n: int) -> bool:
+        known = titled[name] + acting[name]
+        return n + known > 2 and known > 0 and 2 * placed[name] < n + known
+
+    names = {name for name in {*inside, *titled} if is_person(name, inside[name])}
+    return {name for name in names if name.lower() not in small | NO_NAMES}
 
 
 def copied(text: str, story: str, n: int) -> str:
@@ -62,13 +129,16 @@ def fault_of_text(text: str, low: int, high: int, story: str, n: int) -> str:
     return ""
 
 
-def fault_of_prompt(text: str, story: str) -> str:
-    """What is wrong with a prompt; "" if nothing. 150 words stay under 256 tokens."""
-    if names := sorted(names_in(story) & set(re.findall(r"[a-z]+", text.lower()))):
+def fault_of_prompt(text: str, story: str, over: Callable[[str], str] = lambda _: "") -> str:
+    """What is wrong with a prompt; "" if nothing. `over`: the fault of one with too many tokens.
+
+    160 words, the length sentence and a chat template stay under 256 tokens.
+    """
+    if names := sorted(names_in(story) & set(re.findall(r"[A-Z][a-z]+", text))):
         return f"it uses names of the story ({', '.join(names)}); leave them out"
     if requested_words(text) is not None or "\n\n" in text:
         return "one paragraph is needed that says nothing about length"
-    return fault_of_text(text, 20, 150, story, 6)
+    return over(text) or fault_of_text(text, 20, 160, story, 6)
 
 
 def fault_of_trace(text: str, story: str) -> str:
@@ -86,7 +156,9 @@ class Unfit(ValueError):
 class Writer:
     """An LLM, and the file of the answers that it has given."""
 
-    def __init__(self, options: ChatOptions, cache: Path) -> None:
+    def __init__(self, options: ChatOptions, cache: Path, tokenizer: Any, limit: int) -> None:
+        self.tokenizer = tokenizer  # or None: words are counted instead
+        self.limit = limit
         try:
             extra = {"temperature": 0.7, **options.extra_body}
             self.client = replace(options, extra=json.dumps(extra)).open(Chat, prefix="llm")
@@ -139,7 +211,16 @@ class Writer:
         """The example with a prompt and a reasoning trace by the LLM."""
         story = example.story
         task = PROMPT_TASK.format(story=story)
-        prompt = self.good("prompt", task, partial(fault_of_prompt, story=story))
+
+        def over(text: str) -> str:
+            if not self.tokenizer:
+                return ""
+            whole = f"{text} {length_sentence(example.target_words)}"
+            n = len(encode_prompt(self.tokenizer, whole, thinking=True))
+            excess = n - self.limit
+            return f"it is {excess} tokens too long; shorten it" if excess > 0 else ""
+
+        prompt = self.good("prompt", task, partial(fault_of_prompt, story=story, over=over))
         task = TRACE_TASK.format(prompt=prompt, story=story)
         reasoning = self.good("trace", task, partial(fault_of_trace, story=story))
         author = f"prompt and trace by {self.options.model}"

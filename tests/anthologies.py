@@ -193,3 +193,85 @@ def anthology(
     for i, (name, parts) in enumerate(truth):
         text += f"\n\n\n{heading(i, name)}\n\n\n{decorate(parts, width)}\n\n\n"
     return text + FOOTER.format(**names), truth
+
+
+def escaped(text):
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def markdown(truth, title="Night Pieces", author="Jane Doe"):
+    parts = [f"# {title}", f"By {author}"]
+    for name, story in truth:
+        parts += [f"## {name}", *story]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(name, story, level=2):
+    """A story as HTML, with a page number and a note as publishers mark them."""
+    first, *others = map(escaped, story)
+    marked = f'<span class="pagenum">[12]</span>{first}<a class="fnanchor" href="#n">[1]</a>'
+    text = "".join(f"<p>{part}</p>" for part in (marked, *others))
+    return f'<section id="s"><h{level}>{escaped(name)}</h{level}>{text}</section>'
+
+
+def html(truth, title="Night Pieces"):
+    pages = "".join(page(name, story) for name, story in truth)
+    head = f"<head><title>{title}</title></head>"
+    return f"<!DOCTYPE html><html>{head}<body><h1>{title}</h1>{pages}</body></html>"
+
+
+def epub(path, truth, contents="nav", headings=True, parts=0, language="en"):
+    """An EPUB. contents: "nav" or "ncx", in a folder of its own and out of the reading order.
+
+    Without headings the titles are plain paragraphs; with parts the stories lie in that many.
+    """
+    import zipfile
+
+    entries, pages = [], []
+    for i, (name, story) in enumerate(truth):
+        if parts and i % (len(truth) // parts) == 0:
+            entries.append((1, f"p{i}.xhtml", f"Volume the {i}th"))
+            pages.append((f"p{i}.xhtml", f"<h2>Volume the {i}th</h2>"))
+        text = page(name, story, 3)
+        if not headings:
+            text = text.replace("<h3>", '<p class="t">').replace("</h3>", "</p>")
+        entries.append((2 if parts else 1, f"s%20{i}.xhtml#s", name))
+        pages.append((f"s {i}.xhtml", text))
+    if contents == "nav":
+        lines, depth = "", 0
+        for level, address, name in entries:
+            lines += "<ol>" * (level - depth) + "</ol>" * (depth - level)
+            lines += f'<li><a href="../O/{address}">{escaped(name)}</a></li>'
+            depth = level
+        toc = (
+            "t/nav.xhtml",
+            f"<html><body><nav epub:type='toc'>{lines}{'</ol>' * depth}</nav></body></html>",
+        )
+    else:
+        lines, depth = "", 0
+        for level, address, name in entries:
+            lines += "</navPoint>" * (depth - level + 1 if depth else 0)
+            lines += f"<navPoint><navLabel><text>{escaped(name)}</text></navLabel>"
+            lines += f"<content src='../O/{address}'/>"
+            depth = level
+        toc = ("t/toc.ncx", f"<ncx><navMap>{lines}{'</navPoint>' * depth}</navMap></ncx>")
+    items = "".join(
+        f'<item id="i{n}" href="O/{name.replace(" ", "%20")}"/>'
+        for n, (name, _) in enumerate(pages)
+    )
+    spine = "".join(f'<itemref idref="i{n}"/>' for n in range(len(pages)))
+    with zipfile.ZipFile(path, "w") as book:
+        container = '<container><rootfiles><rootfile full-path="p.opf"/></rootfiles></container>'
+        book.writestr("META-INF/container.xml", container)
+        said = f"<dc:language>{language}</dc:language>" if language is not None else ""
+        book.writestr(
+            "p.opf",
+            '<package xmlns="http://www.idpf.org/2007/opf"><metadata '
+            'xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:title>Night Pieces</dc:title>'
+            f"<dc:creator>Jane Doe</dc:creator>{said}</metadata>"
+            f"<manifest>{items}</manifest><spine>{spine}</spine></package>",
+        )
+        for name, text in pages:
+            shell = "<html><head><title>x</title></head><body>{}</body></html>"
+            book.writestr(f"O/{name}", shell.format(text))
+        book.writestr(*toc)

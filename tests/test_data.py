@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import data
 from corpus import build
 from corpus.books import Story, kind_of, split_book
-from corpus.headings import author_key
-from corpus.prompts import fault_of_prompt, fault_of_trace
+from corpus.headings import author_key, clean_title, title_case
+from corpus.prompts import fault_of_prompt, fault_of_trace, names_in, template_prompt
 from corpus.text import key, read_text
 
 examples = settings(derandomize=True, deadline=None, max_examples=50)
@@ -68,7 +68,7 @@ BAD_LINES = {
     "no reasoning": (row(uid="b", reasoning=...), ['"reasoning" is missing', "turn it off"]),
     "empty reasoning": (row(uid="b", reasoning=" "), ['"reasoning" is empty']),
     "wrong type": (row(uid="b", story=["x"]), ['"story" must be text']),
-    "null": (row(uid="b", prompt=None), ['"prompt" must be text']),
+    "null": (row(uid="b", prompt=None), ['"prompt" is missing']),
     "think in the story": (row(uid="b", story="Once <think> upon."), ["<think>", "remove it"]),
     "end of turn in the prompt": (
         row(uid="b", prompt="Hm <|im_end|> 99 words long"),
@@ -352,8 +352,8 @@ def test_what_is_no_prose_goes(name, style):
 @pytest.mark.parametrize("style", ["capitals", "no list, capitals"])
 def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
     end = [
-        ("II", "II"),
-        ("* * * * *", "***"),
+        ("II", "***"),
+        ("* * * * *", ""),  # one break is enough
         ("All slept.\n  *   *   *   *\nAll woke.", "All slept.\n\n***\n\nAll woke."),
         (
             "The B[=a]n[s]hee [oe] sang,[Pg 12] and (*2) [* A spirit.] went.",
@@ -366,7 +366,7 @@ def test_sections_verse_and_breaks_stay_inside_and_marks_are_normalised(style):
         (POEM, "\n".join(anthologies.VERSE)),
         ("FOOTNOTES:", ""),
         ("[1] A note.", ""),
-        ("CHAPTER III\nTHE THIRD", "CHAPTER III\nTHE THIRD"),
+        ("CHAPTER III\nTHE THIRD", "***"),
         (
             "She shut the door behind her, and\nwent down to the mill-\npond.",
             "She shut the door behind her, and went down to the mill-pond.",
@@ -418,7 +418,7 @@ def test_chapters_that_a_list_names_belong_to_their_story():
     text = text.replace(f"{upper}\n\n\n{anthologies.body(parts)}", split)
     stories = found(text)
     assert [title for title, _ in stories] == [title for title, _ in truth_of(truth)]
-    assert stories[2][1] == "\n\n".join([*parts[:half], "II.", "THE INN", *parts[half:]])
+    assert stories[2][1] == "\n\n".join([*parts[:half], "***", *parts[half:]])
 
 
 def test_chapters_that_a_list_names_under_every_story_belong_to_it():
@@ -476,7 +476,9 @@ def test_paragraphs_without_blank_lines_between():
     assert found(text) == truth_of(truth)
 
 
-REAL = Path(__file__).parents[2] / "shared/anthologies"
+SHARED = next((p / "shared" for p in Path(__file__).parents if (p / "shared").is_dir()), Path())
+REAL = SHARED / "anthologies"
+ODD = SHARED / "books-odd"
 
 
 @pytest.mark.skipif(
@@ -604,7 +606,12 @@ def test_kinds_that_are_no_stories(tmp_path):
 
     prose = "\n\n".join(anthologies.stories(0)[0][1])
     assert kind(prose) == ""
-    assert kind(prose, language="French") == "not English"
+    for language in ("en-AU", "eng", "und", "C", "", "French"):  # the text decides
+        assert kind(prose, language=language) == ""
+    dutch = (
+        "De oude man had een huis in de stad, en hij was met haar naar de kerk gegaan, of niet. "
+    )
+    assert kind(dutch * 30) == "not English"
     assert (
         kind("Es war einmal ein alter Mann, der hatte drei Kinder und ein Pferd. " * 30)
         == "not English"
@@ -660,7 +667,10 @@ def poems():
 BAD_BOOKS = {
     "empty": (b"", "is empty"),
     "binary": (b"\x7fELF\0\0\1" * 99, "binary"),
-    "encoding": ("Stories\n\nCaf\xe9 stories\n".encode("latin-1"), r"book.txt:3: not UTF-8.*iconv"),
+    "encoding": (
+        "Stories\n\nCaf\xe9 stories\n".encode("latin-1"),
+        "a single work",
+    ),
     "broken EPUB": (None, "no EPUB"),
     "novel": (novel().encode(), "a single work"),
     "novel with titled chapters": (titled_novel().encode(), "a single work"),
@@ -1057,3 +1067,398 @@ def test_gutenberg_is_polite_cached_and_resumable(tmp_path, capsys):
     assert len(titles) >= 80 and any(
         "Sherlock Holmes, Arthur Conan Doyle" in title for title in titles
     )
+
+
+# ------------------------------------------------------------------ any book: kinds made up here
+
+
+def odd_books():
+    return json.loads((ODD / "expected.json").read_text("utf-8")) if ODD.is_dir() else {"split": {}}
+
+
+@pytest.mark.parametrize("name", odd_books()["split"])
+def test_odd_books_are_split_as_expected(name):
+    expected = odd_books()["split"][name]
+    if isinstance(expected, str):  # refused, or read with a warning: as its UTF-8 twin
+        expected = odd_books()["split"]["a01-one-blank-line-everywhere.txt"]
+    stories = split_book(read_text(ODD / name))[1]
+    assert [s.title.lower() for s in stories] == [e["title"].lower() for e in expected]
+    for story, truth in zip(stories, expected, strict=True):
+        words = story.text.replace("Adèle", "Adela").split()
+        assert " ".join(words[:6]) == truth["first6"]
+        if not name.startswith("a25"):  # whose last words are not those that its file ends with
+            assert " ".join(words[-6:]) == truth["last6"]
+        assert not name.startswith("a15") or not re.search(r"\d|THE QUAY", story.text)
+
+
+@pytest.mark.parametrize("style", ["capitals", "title case", "no list, capitals", "arabic"])
+@pytest.mark.parametrize("blank", ["\n\n", "\n"])
+def test_one_blank_line_everywhere_or_none(style, blank):
+    for seed in range(3):
+        text, truth = anthologies.anthology(style, seed)
+        if blank == "\n" and "no list" in style:
+            continue
+        head, body = text.split("*** START", 1)
+        body = re.sub(r"\n{2,}", blank, body)
+        stories = found(f"{head}*** START{body}")
+        if blank == "\n\n":
+            assert stories == truth_of(truth)
+        else:  # a paragraph whose last line is full cannot be told from the next
+            words = [(title, text.split()) for title, text in truth_of(truth)]
+            assert [(title, text.split()) for title, text in stories] == words
+
+
+@pytest.mark.parametrize("contents", ["nav", "ncx"])
+@pytest.mark.parametrize("headings", [True, False])
+@pytest.mark.parametrize("parts", [0, 2])
+def test_epubs_are_split_by_their_own_contents(tmp_path, contents, headings, parts):
+    truth = anthologies.stories(4)
+    talk = ['"Precisely."', '"Yes."', '"What then?"', *truth[1][1]]
+    truth = [(name, [*story[:2], *talk[:3], *story[2:]]) for name, story in truth]
+    anthologies.epub(tmp_path / "b.epub", truth, contents, headings, parts)
+    assert found(read_text(tmp_path / "b.epub")) == truth_of(truth)
+
+
+@pytest.mark.parametrize("language", ["en-AU", "eng", "und", "", None])
+def test_the_language_field_does_not_matter(tmp_path, language):
+    anthologies.epub(tmp_path / "b.epub", anthologies.stories(5), language=language)
+    assert len(run_build(tmp_path, tmp_path / "b.epub")) == 6
+
+
+def test_html_and_markdown_give_the_stories_of_the_text(tmp_path):
+    text, truth = anthologies.anthology("capitals", 6)
+    setext = re.sub(
+        r"(?m)^(#{1,2}) (.*)$",
+        lambda m: f"{m[2]}\n{len(m[2]) * ('=' if m[1] == '#' else '-')}",
+        anthologies.markdown(truth),
+    )
+    forms = {
+        "a.md": anthologies.markdown(truth),
+        "b.markdown": setext,
+        "c.txt": anthologies.markdown(truth),
+        "d.html": anthologies.html(truth),
+        "e.txt": anthologies.html(truth),
+    }
+    for name, form in forms.items():
+        (tmp_path / name).write_text(form, encoding="utf-8")
+        assert found(read_text(tmp_path / name)) == truth_of(truth) == found(text), name
+
+
+def test_marked_headings_parts_hold_stories_and_stories_hold_sections():
+    truth = anthologies.stories(7)
+    text = "# Night Pieces\n\n"
+    for i, (name, story) in enumerate(truth):
+        text += f"## PART {i // 3 + 1}: THE SEA\n\n" if i % 3 == 0 else ""
+        text += f"### {name}\n\n#### I\n\n{story[0]}\n\n#### II. The Inn\n\n" + "\n\n".join(
+            story[1:]
+        )
+        text += "\n\n"
+    from corpus.pages import markdown_text
+
+    expected = [(key(n), "\n\n".join([s[0], "***", *s[1:]])) for n, s in truth]
+    assert found(markdown_text(text)) == expected
+    novel = "# One\n\n" + "".join(
+        f"## Chapter {i}: {name}\n\n" + "\n\n".join(story) + "\n\n"
+        for i, (name, story) in enumerate(truth)
+    )
+    assert found(markdown_text(novel)) == []
+
+
+TAILS = [
+    "March 1883.", "('The Lantern,' January 1888.)", "Modern Lantern, May 1901.", "1884.",
+    "Christmas 1882.", "Quayside, 1899", "PARIS, 3rd of May, 1888.", "London, 1914-1918.",
+    "First published in The Lantern, 1902.", "From _The Lantern_, June 1899.",
+    "[Reprinted by permission of the publishers.]",
+    "<<THIS DIGITAL COPY IS COPYRIGHT BY NOBODY AND MAY NOT BE SOLD.>>",
+    "This electronic edition was made by volunteers. It is in the public domain.",
+    "About this edition\n\nThis copy was made from a free library.\n\nUse it as you like.",
+    "BOOKS BY ANN AUTHOR\n\nOTHER NIGHT PIECES. 12mo. $1.50 net.\n\nA SECOND BOOK. Crown 8vo.",
+    "* * * * *\n\nThis story is a fine example of the short story. The author is at his best here, "
+    "and the reader will see that this tale is worth study; it has unity and is brief.",
+    "* * * * *\n\nRemember\n\nODD TALES\n\nOn sale everywhere",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("style", ["capitals", "no list, capitals"])
+def test_what_follows_a_story_goes(tail, style):
+    text, truth = anthologies.anthology(style, decorate=around(tail=f"\n\n{tail}"))
+    assert found(text) == truth_of(truth)
+
+
+@examples
+@given(st.integers(0, 50), st.sampled_from(["{} {}", "{}"]), st.integers(3, 90))
+def test_running_heads_and_page_numbers_go(seed, form, first):
+    pages = iter(range(first, 999, 2))
+
+    def decorate(parts, width):
+        text = ""
+        for part in parts:
+            n = next(pages)
+            text += (
+                anthologies.fill(part, width)
+                + "\n\n"
+                + form.format(*(["NIGHT PIECES", n] if form == "{} {}" else [n]))
+                + "\n\n"
+            )
+        return text
+
+    text, truth = anthologies.anthology("capitals", seed, decorate=decorate)
+    assert found(text) == truth_of(truth)
+
+
+@pytest.mark.parametrize(
+    "heading, title",
+    [
+        ("ONE -- The Lamp", "The Lamp"),
+        ("Twelve: The Lamp", "The Lamp"),
+        ("XII. THE LAMP", "The Lamp"),
+        ("THE LAMP  By ANN AUTHOR", "The Lamp"),
+        ("The Lamp by Walter De La Mare", "The Lamp"),
+        ("NOTES BY FLOOD AND FIELD", "Notes by Flood and Field"),
+        ("A DAY BY THE SEA", "A Day by the Sea"),
+        ("MCGOGGIN'S \u201cDOWN PENS\u201d", "McGoggin's \u201cDown Pens\u201d"),
+        ("HENRY IV", "Henry IV"),
+        ("O'HARA'S MILL", "O'Hara's Mill"),
+        ("The King and I", "The King and I"),
+    ],
+)
+def test_titles_have_no_rubbish(heading, title):
+    assert title_case(clean_title(heading)) == title
+
+
+@examples
+@given(st.integers(0, 99), st.integers(1, 6))
+def test_small_capitals_at_the_start_become_ordinary_letters(seed, n):
+    def decorate(parts, width):
+        words = parts[0].split()
+        return anthologies.body(
+            [" ".join([*map(str.upper, words[:n]), *words[n:]]), *parts[1:]], width
+        )
+
+    text, truth = anthologies.anthology("capitals", seed, decorate=decorate)
+    assert found(text) == truth_of(truth)
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "cp1252"])
+@pytest.mark.parametrize(
+    "declared", ["", "Character set encoding: Latin-1", "Character set encoding: ASCII"]
+)
+def test_encodings(tmp_path, codec, declared):
+    text, truth = anthologies.anthology("capitals", 3)
+    text = text.replace("Language: English", declared).replace("The widow", "The fianc\xe9e")
+    (tmp_path / "b.txt").write_bytes(text.encode(codec))
+    warnings = []
+    stories = split_book(read_text(tmp_path / "b.txt", warnings))[1]
+    assert [s.title for s in stories] == [title for title, _ in truth]
+    assert any("The fianc\xe9e" in s.text for s in stories)
+    assert bool(warnings) == (codec == "cp1252" and not declared)
+    assert all(re.search(r"b.txt: line \d+ is not UTF-8.*iconv", warning) for warning in warnings)
+
+
+def test_a_result_that_leaves_most_of_a_book_unused_says_so(tmp_path, capsys):
+    text, truth = anthologies.anthology("capitals", words=900)
+    for name, _ in truth[2:]:
+        text = text.replace(f"\n{name.upper()}\n", "\n")
+    words = text.replace(truth[0][0].upper(), "X " * 900 + "\n\n\n" + truth[0][0].upper(), 1)
+    (tmp_path / "b.txt").write_text(words)
+    with contextlib.suppress(SystemExit, data.DataError):
+        run_build(tmp_path, tmp_path / "b.txt")
+    assert re.search(
+        r"\d+ lines in its contents|only \d+% of its words|single work", capsys.readouterr().err
+    )
+
+
+def test_one_story_a_file(tmp_path):
+    paths = []
+    for name, parts in anthologies.stories(2):
+        paths.append(tmp_path / f"{key(name)}.txt")
+        paths[-1].write_text(f"{name}\n\n{anthologies.body(parts)}\n")
+    kept = run_build(tmp_path, *paths, "--one-per-file")
+    assert [e.story for e in kept] == ["\n\n".join(parts) for _, parts in anthologies.stories(2)]
+    assert all(name in e.prompt for e, (name, _) in zip(kept, anthologies.stories(2), strict=True))
+
+
+def test_prompts_have_a_dozen_patterns_and_are_true(tmp_path):
+    story = "I went to the mill before the rain came, and my brother followed me."
+    made = {
+        template_prompt(f"u{i}", "The Lamp", "Jane Doe", story, 900).replace("The Lamp", "T")
+        for i in range(300)
+    }
+    assert len(made) >= 12 and all(p.endswith(" The story should be 900 words long.") for p in made)
+    assert not any("third person" in p for p in made) and any("first person" in p for p in made)
+    assert any("I went to the mill before the rain" in p for p in made)
+    assert not any(
+        "Various" in template_prompt(f"u{i}", "T", "Various", story, 900) for i in range(99)
+    )
+
+
+def test_no_author_is_above_the_cap(tmp_path, books, capsys):
+    kept = run_build(tmp_path, *books, "--per-author", "5")
+    count = collections.Counter(e.source.split(" | ")[1] for e in kept)
+    assert count == {"Author A": 5, "Author B": 5, "Author C": 5}
+    assert [e.uid for e in kept] == [
+        e.uid for e in run_build(tmp_path, *books, "--per-author", "5")
+    ]
+
+
+def test_only_persons_are_names():
+    story = (
+        "Ivan came to Paris, and Ivan said it to the King. Then Mr. Brown saw Ivan in Paris, and "
+    )
+    story += (
+        "Mr. Brown was glad, for Mr. Brown had been to New Harbour. The Colonel told Ivan of it. "
+    )
+    assert names_in(story * 3) == {"Ivan", "Brown"}
+    prompt = "Write about a king in Paris and a new colonel who must choose between a lady and the "
+    prompt += "truth, in the third person, and plainly."
+    assert fault_of_prompt(prompt, story * 3) == ""
+    assert "Ivan" in fault_of_prompt(prompt + " Call him Ivan.", story * 3)
+
+
+# ------------------------------------------------------------------------------------ pairs, check
+
+TALE = " ".join(anthologies.stories(1)[0][1])
+CHAT = [{"role": "user", "content": "A lamp."}, {"role": "assistant", "content": TALE}]
+GPT = [{"from": "human", "value": "A lamp."}, {"from": "gpt", "value": TALE}]
+PAIRS = {
+    "a.jsonl": json.dumps({"prompt": "[WP] A lamp.", "story": TALE, "reasoning": None}),
+    "b.json": json.dumps([{"instruction": "A lamp.", "output": TALE}]),
+    "c.csv": f'title,text\nA lamp.,"{TALE.replace(chr(34), chr(34) * 2)}"\n',
+    "d.tsv": "writing_prompt\tchosen_story\nA lamp.\t" + TALE.replace('"', "'") + "\n",
+    "e.json": json.dumps([{"conversations": GPT}]),
+    "f.jsonl": json.dumps({"messages": CHAT}),
+    "g.jsonl": json.dumps({"prompt": CHAT[:1], "completion": CHAT[1:]}),
+    "h.json": json.dumps({"prompt": ["A lamp."], "story": [TALE]}),
+    "i.json": json.dumps({"rows": [{"row": {"prompt": "A lamp.", "chosen": TALE}}]}),
+    "j.jsonl": json.dumps(
+        {"prompt": "[ WP ] A lamp.", "story": TALE[:50] + " <newline> <newline> " + TALE[50:]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_that_people_have(tmp_path, name, capsys):
+    (tmp_path / name).write_text(PAIRS[name], encoding="utf-8")
+    build.main(["pairs", str(tmp_path / name), "--out", str(tmp_path / "o.jsonl")])
+    (example,) = data.load(tmp_path / "o.jsonl")
+    words = example.target_words
+    assert example.prompt == f"A lamp. The story should be {words} words long."
+    assert (
+        example.story.replace("\n\n", "").replace("'", '"').split()[-9:]
+        == TALE.replace("'", '"').split()[-9:]
+    )
+    assert abs(words / len(example.story.split()) - 1) < 0.06
+    assert "prompt = " in capsys.readouterr().out
+
+
+def test_writingprompts_files_columns_and_parquet(tmp_path, capsys):
+    (tmp_path / "x.wp_source").write_text("[ WP ] A lamp .\n[ EU ] A mill .\n")
+    told = "It was n't late , and `` no '' was said . <newline> <newline> She left . " * 9
+    (tmp_path / "x.wp_target").write_text(f"{told}\n{told[20:]}\n")
+    build.main(["pairs", str(tmp_path / "x.wp_source"), "--out", str(tmp_path / "o.jsonl")])
+    first = data.load(tmp_path / "o.jsonl")[0]
+    assert (
+        first.prompt.startswith("A lamp. The story")
+        and 'It wasn\'t late, and "no" was said.\n\nShe left.' in first.story
+    )
+    write_rows(tmp_path / "y.jsonl", {"a": "A lamp.", "b": TALE, "n": 300.0, "x": "A mill."})
+    command = ["pairs", str(tmp_path / "y.jsonl"), "--out", str(tmp_path / "o.jsonl")]
+    with stops(
+        capsys, 'has no "prompt"; columns seen: a, b, n, x; name one with --prompt.*accepted'
+    ):
+        build.main(command)
+    with stops(capsys, 'no column "z"; there are: a, b, n, x'):
+        build.main([*command, "--prompt", "z"])
+    build.main([*command, "--prompt", "x", "--story", "b", "--words", "n"])
+    assert (
+        data.load(tmp_path / "o.jsonl")[0].prompt == "A mill. The story should be 300 words long."
+    )
+    (tmp_path / "p.parquet").write_bytes(b"PAR1" + b"\0" * 20)
+    if "pyarrow" not in sys.modules:
+        with pytest.raises((SystemExit, Exception), match="pyarrow|2|Parquet"):
+            build.main(["pairs", str(tmp_path / "p.parquet")])
+
+
+def test_prompt_files_of_the_authors(tmp_path):
+    rows = [{"uid": "x1", "prompt": "A lamp.", "target_word_count": 1500.0}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    build.main(
+        ["build", "--prompts-only", str(tmp_path / "p.json"), "--out", str(tmp_path / "o.jsonl")]
+    )
+    (example,) = data.load(tmp_path / "o.jsonl", anchors=False)
+    assert (example.uid, example.target_words) == ("x1", 1500)
+
+
+def test_null_is_absent_and_a_float_may_be_whole(tmp_path):
+    path = write_rows(
+        tmp_path / "x.jsonl", row(prompt="A ghost.", target_words=1000.0, source=None)
+    )
+    assert data.load(path)[0].target_words == 1000
+    path = write_rows(tmp_path / "x.jsonl", row(prompt="A ghost.", target_words=1000.5))
+    with pytest.raises(data.DataError, match="whole number"):
+        data.load(path)
+
+
+def test_check_says_once_what_a_file_of_pairs_is(tmp_path, capsys):
+    path = write_rows(
+        tmp_path / "x.jsonl", *[{"prompt": f"p{i}", "story": f"{TALE} {i}."} for i in range(9)]
+    )
+    with pytest.raises(SystemExit):
+        data.main(["check", str(path)])
+    printed = capsys.readouterr().out
+    assert printed.count("data.py pairs") == 1 and "prompt, story" not in printed.splitlines()[1:]
+    assert len(printed.splitlines()) < 4
+
+
+def test_check_finds_what_would_spoil_training(tmp_path, capsys):
+    good = {"prompt": "A lamp. The story should be 400 words long.", "story": TALE}
+    rows = [
+        row(uid="w", **{**good, "prompt": "[ WP ] A lamp. The story should be 400 words long."}),
+        row(uid="n", **{**good, "story": f"{TALE} <newline> Then it rained."}),
+        row(uid="f", prompt="A lamp. The story should be 9000 words long.", story=TALE + " So."),
+        row(uid="s", **{**good, "story": "and then " + TALE}),
+        row(uid="e", **{**good, "story": TALE + " And then the"}),
+        row(uid="d", **good),
+        row(uid="d2", **good),
+        row(uid="c", **{**good, "story": "ONCE UPON a time. " + TALE}),
+        row(uid="h", **{**good, "story": TALE + " Tom &amp; Ann."}),
+        row(
+            uid="l",
+            prompt="A lamp. The story should be 8000 words long.",
+            story="One word. " * 4000,
+        ),
+        *[
+            row(
+                uid=f"a{i}", **{**good, "story": f"{TALE} {i}."}, source=f"B | Jane Doe | b.txt:{i}"
+            )
+            for i in range(5)
+        ],
+    ]
+    path = write_rows(tmp_path / "x.jsonl", *rows)
+    data.main(["check", str(path), "--sample", "2"])
+    printed = capsys.readouterr().out
+    for fragment in (
+        '"<newline>"',
+        '"[ WP ]"',
+        "e.g. f: asked 9,000 words, story",
+        "start cut off?",
+        "e.g. e: ",
+        "same as w",
+        "opening in capitals",
+        "remove HTML",
+        "over 8,192 tokens",
+        "Jane Doe (33%)",
+    ):
+        assert printed.count(fragment) == 1, (fragment, printed)
+    assert printed.count("sample ") == 2
+
+
+def test_many_lines_with_one_fault_get_one_message(tmp_path, capsys):
+    path = write_rows(
+        tmp_path / "x.jsonl", row(), *[row(uid=f"b{i}", story=" ") for i in range(500)]
+    )
+    with pytest.raises(SystemExit):
+        data.main(["check", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "(500 lines: also 3, 4" in lines[0] and len(lines) < 9
