@@ -24,7 +24,8 @@ BLOCKS = set(
 )
 HIDDEN_TAGS = {"head", "script", "style", "nav", "figcaption", "svg"}
 HIDDEN = re.compile(  # in class, epub:type and role
-    r"(?<![\w-])(?:page-?(?:num|no|number|break)s?|pg-?boilerplate|doc-(?:pagebreak|noteref|footnotes?"
+    r"(?<![\w-])(?:page-?(?:num|no|number|break)s?|pg-?boilerplate"
+    r"|doc-(?:pagebreak|noteref|footnotes?"
     r"|endnotes?)|noteref|fnanchor|footnotes?|endnotes?|rearnotes?|caption|transnote|pgheader"
     r"|pgfooter|frontmatter|backmatter|titlepage|halftitlepage|imprint|colophon|copyright-page)"
     r"(?![\w-])",
