@@ -45,7 +45,8 @@ BYLINE = re.compile(
 )
 DEDICATION = re.compile(r"_?To(?: [A-Z][\w.'\u2019-]*){1,5}_?")
 ATTRIBUTION = re.compile(  # "--_Young._", not "so said Suleiman--Solomon."
-    r"(?:(?:^|(?<=[\W_]))(?:--|[\u2014\u2013])\s*_?[A-Z][\w.,'\u2019\" ]{1,60}"
+    r"(?:(?:^|(?<=[\W_]))(?:--|[\u2014\u2013])\s*_?(?!(?:I|It|He|She|We|They|You)\b)"
+    r"[A-Z][\w.,'\u2019\" ]{1,60}"
     r"|[ _](?:Proverb|Saying|Song|Ballad|Psalm|Anon))\W*$"
 )
 CREDIT = re.compile(r"(?:--|[\u2014\u2013])\s*_?[A-Z]")
@@ -56,7 +57,7 @@ LIFESPAN = re.compile(  # "(1832-1910)": about an author
 )
 PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 PUBLISHER = re.compile(  # at the end: where and when a story appeared or was written
-    rf"[\W_]*(?:(?:{NAME}|\d{{1,2}}(?:st|nd|rd|th)?|of|the|in|at|and|from|to|for)[\W_]+){{0,14}}"
+    rf"[\W_]*(?:(?:{NAME}|\d{{1,2}}(?:st|nd|rd|th)?|of|the|in|at|and|from|to|for|vol|no|pp?|[ivxlc]+)[\W_]+){{0,14}}"
     r"(?:1[5-9]|20)\d\d(?:\s?[-\u2013\u2014/]+\s?\d{2,4})?[\W_]*"
 )
 CREDITS = re.compile(
@@ -69,10 +70,10 @@ LICENCE = [  # two of them, or one in capitals or <<...>>: no paragraph of a sto
     re.compile(text, re.I)
     for text in (
         r"\b(?:electronic|digital) (?:edition|version|text|copy|work)|\be-?(?:text|book)s?\b",
+        r"\bthis (?:work|text|edition|copy) ",
         r"\bcopyright|\bcreative commons|\bpublic domain|\blicen[sc]e\b",
         r"\bmay (?:not )?be (?:sold|copied|reproduced|redistributed|distributed|used)\b"
-        r"|\ball rights reserved|\bpermission\b|\bpersonal use\b"
-        r"|\bfree(?:ly)? (?:to|of charge|avail)",
+        r"|\ball rights reserved|\bpermission\b|\bpersonal use\b|\bfree(?:ly)? (?:to|of charge)",
         r"\bproject gutenberg|\bdistributed proofread|\bstandard ebooks|\bwikisource"
         r"|\barchive\.org|https?://|\bwww\.",
     )
@@ -166,17 +167,18 @@ def is_credited(block: Block, following: list[Block], page: Page) -> bool:
     return bool(CREDIT.match(below.text) or alone or re.fullmatch("_.*_[.]?", below.text))
 
 
-def is_front(block: Block, following: list[Block], page: Page) -> bool:
+def is_front(block: Block, following: list[Block], page: Page, signed: bool) -> bool:
     """Is this block, before a story's prose, something else: byline, epigraph, dedication ...?
 
-    Verse and talk that name no source begin the story, unless the book is one of mottoes.
+    Verse, talk and letters that name no source begin the story, unless the book is one of mottoes;
+    `signed`: below the byline a magazine announces the story.
     """
     text, words = block.text, block.words
     spoken = bool(re.match(r"\W*[\"'\u2018\u201c]", text)) or is_verse(block, page)
     rest = next(itertools.dropwhile(lambda b: is_verse(b, page), following), None)
     apart = rest is not None and (rest.gap > 1 or is_outside(rest))
     motto = is_motto(block, page) and (
-        not spoken or page.epigraphs or apart or is_credited(block, following, page)
+        (signed and not spoken) or page.epigraphs or apart or is_credited(block, following, page)
     )
     below = following[0].text if following and following[0].words < 10 else ""
     credited = CREDIT.match(below) and SENTENCE_END.search(below)
@@ -190,7 +192,7 @@ def is_front(block: Block, following: list[Block], page: Page) -> bool:
         or (words < 15 and BYLINE.match(text))
         or (words < 25 and is_caps(text))
         or (words < 80 and (credited or ATTRIBUTION.search(text)))
-        or (words < 100 and text.startswith("_") and text.endswith("_"))
+        or (words < 100 and re.fullmatch("_.*_", text) and not spoken)
     )
 
 
@@ -206,7 +208,7 @@ def is_tail(block: Block, above: Block) -> bool:
         or (block.words < 40 and CREDITS.match(text) and (apart or DATED.search(text)))
         or (apart and short)
         or ADVERT.search(text)
-        or (apart and text.startswith("[") and text.endswith("]"))
+        or ((apart or DATED.search(text)) and re.fullmatch(r"\[.*\]", text))
         or not paragraph(block, Page(1000, 0))
     )
 
@@ -252,7 +254,7 @@ def cut_story(title: str, blocks: list[Block], page: Page, author: str) -> tuple
     blocks = cut_notes(cut_half_title(title, blocks))
     byline = ""
     first = 0
-    while first < len(blocks) and is_front(blocks[first], blocks[first + 1 :], page):
+    while first < len(blocks) and is_front(blocks[first], blocks[first + 1 :], page, bool(byline)):
         block = blocks[first]
         match = BYLINE.match(block.text)
         if match and not byline and block.words < 10:
@@ -291,7 +293,7 @@ def cut_notes(blocks: list[Block]) -> list[Block]:
     """What comes before the notes, an appendix or the next preface."""
     words = 0
     for i, block in enumerate(blocks):
-        ends = SENTENCE_END.search(block.text)
+        ends = SENTENCE_END.search(block.text.rstrip(":._ "))
         apart = len(block.lines) < 3 and (block.gap > 1 or is_caps(block.text) or not ends)
         name = key(block.text)
         if words > 100 and apart and FURNITURE.fullmatch(name) and not FOOTNOTES.fullmatch(name):
@@ -302,7 +304,8 @@ def cut_notes(blocks: list[Block]) -> list[Block]:
 
 def is_licence(text: str) -> bool:
     hits = sum(bool(pattern.search(text)) for pattern in LICENCE)
-    return hits > 1 or (hits > 0 and (is_caps(text) or text.startswith("<<") or "://" in text))
+    loud = is_caps(text) or re.match(r"<<|public domain", text, re.I) or "://" in text
+    return hits > 1 or (hits > 0 and bool(loud))
 
 
 def is_section(block: Block) -> bool:
@@ -441,7 +444,7 @@ def split_blocks(
         if "(1)" in text:  # a note, as are the others
             text = re.sub(r"\s?\(\d{1,2}\)", "", text)
         credit = HEADING_BYLINE.search(block.text)
-        byline = byline or (credit[1] if credit and various else "")
+        byline = byline or (credit[1] if credit else "")
         author = byline if byline and various else book_author
         story = Story(title_case(title, spellings), author, text, block.line)
         written = sum(b.words for b in body if b.words > 24 and SENTENCE_END.search(b.text))

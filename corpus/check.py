@@ -1,4 +1,4 @@
-"""What a file of examples holds: bad lines, and what would spoil training (`data.py check`)."""
+"""`data.py check`: every bad line of a file of examples, and what would spoil training."""
 
 import argparse
 import hashlib
@@ -82,8 +82,7 @@ def findings(examples: list[Example], max_response: int, tokens: dict[str, int])
     bare = [e for e in examples if requested_words(e.prompt) is None]
     report(
         [(e, repr(e.prompt[-60:])) for e in bare],
-        "prompts name no length, only target_words does: the policy cannot know it "
-        '("… 1500 words long.")',
+        'prompts name no length ("… 1500 words long."), so the policy cannot know target_words',
     )
     same = defaultdict(list)
     for e in stories:

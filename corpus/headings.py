@@ -51,15 +51,13 @@ FURNITURE = re.compile(  # what a book holds besides its stories; on keys
     r"|(?:contents|notes?)(?: (?:to|on) .*)?|table of contents|dedication|acknowledge?ments?"
     r"|glossary|errata|addenda|(?:list of )?illustrations|the end|finis|end|l ?envoi|copyright.*"
     r"|title ?page|half ?title|cover|imprint|colophon|uncopyright|landmarks|credits"
-    r"|about (?:the|this) (?:\w+ )?"
-    r"(?:author|edition|book|ebook|e book|text|copy|publisher|translator)"
+    r"|about (?:the|this) (?:\w+ )?(?:author|edition|e ?book|book|text|copy|publisher|translator)"
     r"|(?:other )?(?:books|works|novels|volumes) by .*|by the same author.*|advertisements?"
     r"|(?:some )?(?:new|recent|latest|other) (?:books|fiction|novels|publications|works)(?: .*)?"
     r"|(?:a )?catalogue of .*|(?:some )?(?:press )?(?:notices|opinions)(?: of the press)?"
     r"|(?:select(?:ed)? )?bibliograph.*|books of .*summary|(?:critical )?summary"
     r"|(?:biographical )?roll of hono.*|year ?book of .*|magazine averages"
-    r"|(?:best )?(?:books|volumes|articles|indexe?s?) (?:of|on|about) "
-    r"(?:the )?(?:short )?stor(?:y|ies).*"
+    r"|(?:best )?(?:books|volumes|articles) (?:of|on|about) (?:the )?(?:short )?stor(?:y|ies).*"
     r"|(?:the )?full (?:project gutenberg )?license)"
 )
 SOURCE = re.compile(r"^\s*(?:[\[(].*[\])]\W*$|_?from _|\W*copyright\b|\W*reprinted )", re.I)
@@ -68,7 +66,7 @@ NOTE_MARK = re.compile(
     r"|(?<=[\w.,;:!?'\"\u201d\u2019])\*+(?=[\s.,;:!?'\"\u201d\u2019]|$)"
 )
 LAST_LINE = re.compile(
-    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:vol|book|first|second).{0,40})[\W_]*$"
+    r"[\W_]*(?:(?:the end|finis|end of (?:the )?(?:text|vol|book|first|second).{0,40})[\W_]*$"
     r"|printed (?:in|by|at)(?![^\W_]).{0,80}$)",
     re.I,
 )
@@ -92,7 +90,7 @@ def clean_title(text: str) -> str:
 
 
 def title_of(block: Block, entry: str) -> tuple[str, int]:
-    """The title that a heading spells, and on how many lines; `entry`: its contents' line."""
+    """The title that a heading spells, and on how many lines; `entry`: its line in the contents."""
     lines = [line.strip(" _") for line in block.lines]
     first = int(len(lines) > 1 and bool(NUMBER.match(lines[0])))
     listed = entry_keys([entry]) if entry else set()
@@ -231,7 +229,7 @@ def find_list(lines: list[tuple[int, str]], blocks: list[Block]) -> Chain:
     titles: Chain = []
     for n, h in best:
         near = bool(titles) and h < titles[-1][1] + 6
-        teaser = near and not (is_title(blocks[h]) or blocks[h].caps)  # below a title
+        teaser = near and blocks[h].gap < 2 and not is_title(blocks[h])  # below a title
         if not teaser and (blocks[h].gap > 1 or blocks[h].caps == upper):
             titles.append((n, h))
     return titles

@@ -55,6 +55,8 @@ class _Page(HTMLParser):
     def flush(self) -> None:
         text = re.sub(r" *\n *", "\n", self.text) if not self.verbatim else self.text
         text = text.strip("\n" if self.verbatim else None)
+        if self.level:  # "I", then the title
+            text = re.sub(r"^(\W*(?:[IVXLC]+|\d+))\W*\n", r"\1. ", text)
         if self.quoted and not self.level:
             text = re.sub("(?m)^", "    ", text)
         if text.strip(" _\n"):
@@ -246,8 +248,9 @@ def epub_text(path: Path) -> str:
                     continue
                 page = _Page(book.read(name).decode("utf-8-sig", "replace"))
                 for depth, file, fragment, title in contents:
-                    if file == name and title:
-                        marks.append((len(blocks) + page.ids.get(fragment, 0), depth, title))
+                    known = fragment in page.ids and not re.fullmatch(r"[IVXLC\d\W]*", title)
+                    if file == name and known:
+                        marks.append((len(blocks) + page.ids[fragment], depth, title))
                 blocks += page.blocks
     except (LookupError, zipfile.BadZipFile, ElementTree.ParseError) as error:
         raise DataError(f"no EPUB that can be read ({error!r}); give plain text instead") from None

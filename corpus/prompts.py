@@ -45,18 +45,13 @@ PATTERNS = [  # chosen by uid among those whose fields are known
 ]
 TITLES = "mr mrs miss dr sir lady lord captain colonel major master madame monsieur uncle aunt"
 TITLES += " king queen prince princess duke count baron saint father mother brother sister doctor"
-NO_NAMES = set(  # written with a capital, and no person of the story
-    (
-        TITLES + " god heaven christ christmas easter bible church new old north south east west"
-        " great monday tuesday wednesday thursday friday saturday sunday january february"
-        " march april may june july august september october november december england"
-        " english london paris france french america american germany german italy italian"
-        " rome roman russia russian spain spanish ireland irish scotland scotch india"
-        " indian china chinese greek turk jew christian street road river house general"
-        " judge professor president emperor empress bishop governor sergeant lieutenant"
-        " sultan rajah"
-    ).split()
-)
+NO_NAMES = f"""{TITLES} god heaven christ christmas easter bible church new old north south east
+west great monday tuesday wednesday thursday friday saturday sunday january february march april
+may june july august september october november december england english london paris france
+french america american germany german italy italian rome roman russia russian spain spanish
+ireland irish scotland scotch india indian china chinese greek turk jew christian street road
+river house general judge professor president emperor empress bishop governor sergeant lieutenant
+sultan rajah""".split()
 DOES = "said|asked|cried|replied|answered|was|had|were|saw|went|came|looked|took|thought|knew|would"
 DOES += r"|could|did|ran|stood|sat|told|made|felt|\w+ed"
 
@@ -106,7 +101,7 @@ def names_in(story: str) -> set[str]:
         return n + known > 2 and known > 0 and 2 * placed[name] < n + known
 
     names = {name for name in {*inside, *titled} if is_person(name, inside[name])}
-    return {name for name in names if name.lower() not in small | NO_NAMES}
+    return {name for name in names if name.lower() not in {*small, *NO_NAMES}}
 
 
 def copied(text: str, story: str, n: int) -> str:

@@ -241,12 +241,8 @@ def find_pages(body: dict[int, str]) -> set[int]:
             above -= 1
         while below in body and (not body[below] or below in drop):
             below += 1
-        if (
-            above in body
-            and below in body
-            and not re.search(r"[.!?:'\"\u2019\u201d]_*$", body[above])
-        ):
-            if body[below].lstrip(" _\"'")[:1].islower():
+        if above in body and below in body and len(body[above]) > 40:
+            if not re.search(r"[.!?:'\"\u2019\u201d]_*$", body[above]):
                 drop |= set(range(above + 1, below))
     return drop
 

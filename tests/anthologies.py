@@ -216,8 +216,8 @@ def page(name, story, level=2):
 
 def html(truth, title="Night Pieces"):
     pages = "".join(page(name, story) for name, story in truth)
-    head = f"<head><title>{title}</title></head>"
-    return f"<!DOCTYPE html><html>{head}<body><h1>{title}</h1>{pages}</body></html>"
+    head = f"<!DOCTYPE html><html><head><title>{title}</title></head>"
+    return f"{head}<body><h1>{title}</h1>{pages}</body></html>"
 
 
 def epub(path, truth, contents="nav", headings=True, parts=0, language="en"):
@@ -275,3 +275,57 @@ def epub(path, truth, contents="nav", headings=True, parts=0, language="en"):
             shell = "<html><head><title>x</title></head><body>{}</body></html>"
             book.writestr(f"O/{name}", shell.format(text))
         book.writestr(*toc)
+
+
+def gutenberg_html(truth):
+    """A book as Project Gutenberg's HTML: boilerplate, contents, sections, page numbers."""
+    text = "<!DOCTYPE html><html><head><title>The Project Gutenberg eBook of Night Pieces, by Jane "
+    text += "Doe</title></head><body><section class='pg-boilerplate pgheader'><h2>The Project "
+    text += "Gutenberg eBook</h2><p>*** START OF THE PROJECT GUTENBERG EBOOK X ***</p></section>"
+    text += "<h1>Night Pieces</h1><h2>by Jane Doe</h2><hr><h2>CONTENTS</h2><table>"
+    text += "".join(f"<tr><td><a href='#c'>{name}</a></td><td>9</td></tr>" for name, _ in truth)
+    text += "</table>"
+    for i, (name, parts) in enumerate(truth):
+        text += f"<div class='chapter'><h2><a id='c{i}'></a>{i + 1}.<br>{name.upper()}</h2></div>"
+        text += f"<h3>I</h3><p>{parts[0]}<span class='pagenum'>[Pg {i}]</span><h3>II</h3>"
+        text += "".join(f"<p>\n{fill(part)}\n</p>" for part in parts[1:])
+    text += "<h2>FOOTNOTES</h2><p>[1] A note.</p><section class='pg-boilerplate pgfooter'>"
+    return text + "<h2>THE FULL PROJECT GUTENBERG LICENSE</h2></section></body></html>"
+
+
+def standard_ebook(path, truth):
+    """An EPUB as Standard Ebooks makes it: front and back matter, numbers and titles in hgroups."""
+    import zipfile
+
+    pages = [("imprint", "frontmatter", "<section epub:type='imprint'><h2>Imprint</h2></section>")]
+    for i, (name, parts) in enumerate(truth):
+        text = f"<hgroup><h2>{ROMAN[i]}</h2><p epub:type='title'>{name}</p></hgroup><h3>I</h3>"
+        text += f"<p>{parts[0]}<a epub:type='noteref' href='e#n'>1</a></p><p>“Yes.”</p><h3>II</h3>"
+        pages.append((f"s{i}", "bodymatter", text + "".join(f"<p>{p}</p>" for p in parts[1:])))
+    pages.append(("colophon", "backmatter", "<h2>Colophon</h2><p>It was published in 1900.</p>"))
+    entries = "".join(
+        f"<li><a href='text/s{i}'>{ROMAN[i]}: {name}</a>"
+        f"<ol><li><a href='text/s{i}'>I</a></li></ol></li>"
+        for i, (name, _) in enumerate(truth)
+    )
+    nav = "<html><body><nav epub:type='toc'><ol><li><a href='text/imprint'>Imprint</a></li>"
+    nav += f"{entries}</ol></nav><nav epub:type='landmarks'><ol></ol></nav></body></html>"
+    items = "".join(f"<item id='{n}' href='text/{n}'/>" for n, _, _ in pages)
+    spine = "".join(f"<itemref idref='{n}'/>" for n, _, _ in pages)
+    with zipfile.ZipFile(path, "w") as book:
+        container = (
+            "<container><rootfiles><rootfile full-path='epub/p.opf'/></rootfiles></container>"
+        )
+        book.writestr("META-INF/container.xml", container)
+        book.writestr(
+            "epub/p.opf",
+            "<package><metadata><title>Night Pieces</title><creator>Jane Doe</creator></metadata>"
+            f"<manifest><item id='n' href='toc.xhtml' properties='nav'/>{items}</manifest>"
+            f"<spine>{spine}</spine></package>",
+        )
+        book.writestr("epub/toc.xhtml", nav)
+        for name, kind, text in pages:
+            shell = (
+                f"<html><head><title>x</title></head><body epub:type='{kind}'>{text}</body></html>"
+            )
+            book.writestr(f"epub/text/{name}", shell)

@@ -24,6 +24,7 @@ import data
 from corpus import build
 from corpus.books import Story, kind_of, split_book
 from corpus.headings import author_key, clean_title, title_case
+from corpus.pages import html_text, markdown_text
 from corpus.prompts import fault_of_prompt, fault_of_trace, names_in, template_prompt
 from corpus.text import key, read_text
 
@@ -1127,11 +1128,11 @@ def test_the_language_field_does_not_matter(tmp_path, language):
 
 def test_html_and_markdown_give_the_stories_of_the_text(tmp_path):
     text, truth = anthologies.anthology("capitals", 6)
-    setext = re.sub(
-        r"(?m)^(#{1,2}) (.*)$",
-        lambda m: f"{m[2]}\n{len(m[2]) * ('=' if m[1] == '#' else '-')}",
-        anthologies.markdown(truth),
-    )
+
+    def underlined(match):
+        return f"{match[2]}\n{('=' if match[1] == '#' else '-') * len(match[2])}"
+
+    setext = re.sub(r"(?m)^(#{1,2}) (.*)$", underlined, anthologies.markdown(truth))
     forms = {
         "a.md": anthologies.markdown(truth),
         "b.markdown": setext,
@@ -1144,6 +1145,37 @@ def test_html_and_markdown_give_the_stories_of_the_text(tmp_path):
         assert found(read_text(tmp_path / name)) == truth_of(truth) == found(text), name
 
 
+def test_html_and_epub_as_publishers_make_them(tmp_path):
+    truth = anthologies.stories(8)
+    cut = [(key(n), "\n\n".join([p[0], "***", *p[1:]])) for n, p in truth]
+    assert found(html_text(anthologies.gutenberg_html(truth))) == cut
+    anthologies.standard_ebook(tmp_path / "s.epub", truth)
+    cut = [(key(n), "\n\n".join([p[0], '"Yes."', "***", *p[1:]])) for n, p in truth]
+    assert found(read_text(tmp_path / "s.epub")) == cut
+
+
+OPENINGS = [
+    '    "Tell us a tale."\n\n    "Which one?" said he.',
+    "    Ride a cock horse to the mill,\n    Ride it down and up the hill,",
+    "    Dear Ann,--I write to you tonight from the mill.",
+    "    _Ride a cock horse to the mill,_\n    _Ride it down and up the hill._",
+]
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_rhymes_talk_and_letters_begin_a_story(opening):
+    _, truth = anthologies.anthology("capitals")
+
+    def decorate(parts, width):
+        lead = f"{opening}\n\n" if parts == truth[1][1] else ""
+        return lead + anthologies.body(parts, width)
+
+    story = found(anthologies.anthology("capitals", decorate=decorate)[0])[1][1]
+    words = re.findall(r"\w+", opening.replace("_", ""))
+    assert re.findall(r"\w+", story)[: len(words)] == words
+    assert story.endswith("\n\n".join(truth[1][1]))
+
+
 def test_marked_headings_parts_hold_stories_and_stories_hold_sections():
     truth = anthologies.stories(7)
     text = "# Night Pieces\n\n"
@@ -1153,8 +1185,6 @@ def test_marked_headings_parts_hold_stories_and_stories_hold_sections():
             story[1:]
         )
         text += "\n\n"
-    from corpus.pages import markdown_text
-
     expected = [(key(n), "\n\n".join([s[0], "***", *s[1:]])) for n, s in truth]
     assert found(markdown_text(text)) == expected
     novel = "# One\n\n" + "".join(
@@ -1172,6 +1202,11 @@ TAILS = [
     "<<THIS DIGITAL COPY IS COPYRIGHT BY NOBODY AND MAY NOT BE SOLD.>>",
     "This electronic edition was made by volunteers. It is in the public domain.",
     "About this edition\n\nThis copy was made from a free library.\n\nUse it as you like.",
+    "ROME, 1900.", "Oct., 1899", "(Paris, 1881)", "_London, May 1890._", "(1902)",
+    "[This story was written in 1850. ED.]", "Public domainPublic domainfalsefalse",
+    "This work is in the public domain in the USA because it was published long ago.",
+    "--The Lantern, vol. ii. 1888.", "Copyright, 1910, by Ann Author.",
+    "Transcriber's Notes:\n\nObvious errors were corrected.",
     "BOOKS BY ANN AUTHOR\n\nOTHER NIGHT PIECES. 12mo. $1.50 net.\n\nA SECOND BOOK. Crown 8vo.",
     "* * * * *\n\nThis story is a fine example of the short story. The author is at his best here, "
     "and the reader will see that this tale is worth study; it has unity and is brief.",
@@ -1423,33 +1458,20 @@ def test_check_finds_what_would_spoil_training(tmp_path, capsys):
         row(uid="d2", **good),
         row(uid="c", **{**good, "story": "ONCE UPON a time. " + TALE}),
         row(uid="h", **{**good, "story": TALE + " Tom &amp; Ann."}),
-        row(
-            uid="l",
-            prompt="A lamp. The story should be 8000 words long.",
-            story="One word. " * 4000,
-        ),
+        row(uid="l", prompt="A mill. 8000 words long.", story="One word. " * 4000),
         *[
-            row(
-                uid=f"a{i}", **{**good, "story": f"{TALE} {i}."}, source=f"B | Jane Doe | b.txt:{i}"
-            )
+            row(uid=f"a{i}", **{**good, "story": f"{TALE} {i}."}, source=f"B | Jane Doe | b:{i}")
             for i in range(5)
         ],
-    ]
+    ]  # fmt: skip
     path = write_rows(tmp_path / "x.jsonl", *rows)
     data.main(["check", str(path), "--sample", "2"])
     printed = capsys.readouterr().out
     for fragment in (
-        '"<newline>"',
-        '"[ WP ]"',
-        "e.g. f: asked 9,000 words, story",
-        "start cut off?",
-        "e.g. e: ",
-        "same as w",
-        "opening in capitals",
-        "remove HTML",
-        "over 8,192 tokens",
-        "Jane Doe (33%)",
-    ):
+        '"<newline>"', '"[ WP ]"', "e.g. f: asked 9,000 words, story", "start cut off?",
+        "e.g. e: ", "same as w",
+        "opening in capitals", "remove HTML", "over 8,192 tokens", "Jane Doe (33%)",
+    ):  # fmt: skip
         assert printed.count(fragment) == 1, (fragment, printed)
     assert printed.count("sample ") == 2
 
