@@ -243,7 +243,8 @@ def examples_of(
             what = f'asks for no length; end it with "{length_sentence(1500)}"'
             raise DataError(f"{path}: row {number} {what}, or add target_words")
         if stories and asked is None:
-            prompt = f"{prompt} {length_sentence(words)}"
+            stop = "" if re.search(r"[.!?:\"'\u201d)*_]$", prompt) else "."
+            prompt = f"{prompt}{stop} {length_sentence(words)}"
         uid = str(texts.get("uid") or f"{path.stem}-{number}")
         uids[uid] += 1
         uid += f"-{uids[uid]}" if uids[uid] > 1 else ""
