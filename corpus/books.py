@@ -57,7 +57,8 @@ LIFESPAN = re.compile(  # "(1832-1910)": about an author
 )
 PUBLISHED = re.compile(r"\b(?:appeared|published|printed|reprinted)\b.* in .*\b1[789]\d\d\b")
 PUBLISHER = re.compile(  # at the end: where and when a story appeared or was written
-    rf"[\W_]*(?:(?:{NAME}|\d{{1,2}}(?:st|nd|rd|th)?|of|the|in|at|and|from|to|for|vol|no|pp?|[ivxlc]+)[\W_]+){{0,14}}"
+    rf"[\W_]*(?:(?:{NAME}|\d{{1,2}}(?:st|nd|rd|th)?"
+    r"|of|the|in|at|and|from|to|for|vol|no|pp?|[ivxlc]+)[\W_]+){0,14}"
     r"(?:1[5-9]|20)\d\d(?:\s?[-\u2013\u2014/]+\s?\d{2,4})?[\W_]*"
 )
 CREDITS = re.compile(
